@@ -1,0 +1,185 @@
+"""Linears with packed integer weights on the CPU.
+
+Three ways, chosen per layer by `dispatch.py` from what the processor can do:
+
+- `bit planes`: any width from 2 to 8 bits (`planes.py`). Each call dequantizes a few hundred rows
+  at a time, so the temporary stays small and only the packed bytes are resident. Arithmetic is
+  exact: s * (q - z) in float32.
+- `int4 op`: torch's `_weight_int4pack_mm_for_cpu`, for bf16 activations and few rows.
+- `int8 op`: torch's `_weight_int8pack_mm`, the same for one scale a row.
+
+The torch ops round x and y to bf16; with float32 activations they fall into reference loops that
+are several times slower than dequantizing (figures: `bench/results/`, command in README.md). So
+float32 activations always take the exact way.
+
+Letters: O out features, I in features, G groups a row, M rows of x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from compressor_kernels.planes import from_planes
+from compressor_kernels.reference import expand_groups
+
+CHUNK_ELEMENTS = 1 << 19  # dequantized floats alive at once: 2 MiB, fastest here of 2^16 ... 2^22
+SMALL_ROWS = 32  # the packed ops beat dequantizing up to here (bench/results)
+
+
+def _flag(name: str) -> bool:
+    probe: Callable[[], bool] | None = getattr(torch.cpu, name, None)
+    return bool(probe()) if probe is not None else False
+
+
+@cache
+def has_fast_bf16() -> bool:
+    """Whether bf16 matrix products run on bf16 hardware (AVX-512 BF16 or AMX).
+
+    Without it torch emulates them: 1 GFLOP/s against 87 for float32 on an AVX2 machine.
+    """
+    return _flag("_is_avx512_bf16_supported") or _flag("_is_amx_tile_supported")
+
+
+@cache
+def has_packed_ops() -> bool:
+    """Whether torch's packed int4/int8 products are vectorized on this processor."""
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
+# ------------------------------------------------------------------ exact, any width
+
+
+def dequantize_rows(
+    resident: dict[str, Tensor], rows: slice, *, bits: int, group_size: int, columns: int
+) -> Tensor:
+    """Float32 rows [R, I] of a bit-plane weight: s * (q - z), the subtraction in bytes.
+
+    q - z fits a signed byte except for asymmetric 8-bit codes, which subtract in float32.
+    """
+    codes = from_planes(resident, bits, rows)[:, :columns]
+    scale = resident["scale"][rows].float()
+    zeros = resident.get("zeros")
+    if zeros is None:
+        weight = codes.sub_(1 << (bits - 1)).view(torch.int8).float()
+    elif bits < 8:
+        offset = expand_groups(zeros[rows], columns, group_size)
+        weight = (codes - offset).view(torch.int8).float()
+    else:
+        weight = codes.float() - expand_groups(zeros[rows], columns, group_size).float()
+    return scale_groups_(weight, scale, group_size)
+
+
+def scale_groups_(weight: Tensor, scale: Tensor, group_size: int) -> Tensor:
+    """Multiply [R, I] by one scale a group [R, G], in place."""
+    rows, columns = weight.shape
+    if group_size == -1:
+        return weight.mul_(scale)
+    if columns % group_size:
+        return weight.mul_(expand_groups(scale, columns, group_size))
+    weight.view(rows, -1, group_size).mul_(scale[:, :, None])
+    return weight
+
+
+def planes_linear(
+    x: Tensor,
+    resident: dict[str, Tensor],
+    *,
+    bits: int,
+    group_size: int,
+    shape: tuple[int, int],
+) -> Tensor:
+    """y = x @ w^T for x [M, I], dequantizing `CHUNK_ELEMENTS` weights at a time; [M, O].
+
+    Computes in float32 unless x is bf16 and the processor has bf16 products.
+    """
+    out_features, columns = shape
+    compute = x.dtype if x.dtype == torch.bfloat16 and has_fast_bf16() else torch.float32
+    x_wide = x.to(compute)
+    y = torch.empty((x.shape[0], out_features), dtype=compute, device=x.device)
+    step = max(16, CHUNK_ELEMENTS // columns)
+    for start in range(0, out_features, step):
+        rows = slice(start, min(start + step, out_features))
+        weight = dequantize_rows(resident, rows, bits=bits, group_size=group_size, columns=columns)
+        y[:, rows] = F.linear(x_wide, weight.to(compute))
+    return y.to(x.dtype)
+
+
+# ------------------------------------------------------------------ torch's packed products
+
+
+def int4_op_takes(group_size: int, shape: tuple[int, int]) -> bool:
+    """The shapes `_weight_int4pack_mm_for_cpu` has and that need no tail block."""
+    return group_size in (32, 64, 128) and shape[0] % 64 == 0 and shape[1] % group_size == 0
+
+
+def int8_op_takes(group_size: int, shape: tuple[int, int]) -> bool:
+    """The shapes `_weight_int8pack_mm` is trusted with: one scale a row, sides of whole vectors.
+
+    With (out, in) = (361, 172) and 3 rows it reads past its input and crashes (torch 2.13, AVX2).
+    """
+    return group_size == -1 and shape[0] % 64 == 0 and shape[1] % 64 == 0
+
+
+def pack_int4_op(codes: Tensor, scale: Tensor) -> dict[str, Tensor]:
+    """Resident form of a symmetric 4-bit weight for the int4 op.
+
+    `words` uint8 [O, I/2] in the op's own order; `scale` bf16 [I/G, O, 2] holding (s, 0), since the
+    op computes (q - 8) * s + z.
+    """
+    words = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
+    pairs = torch.stack([scale.t(), torch.zeros_like(scale.t())], -1)
+    return {"words": words, "scale": pairs.to(torch.bfloat16).contiguous()}
+
+
+def unpack_int4_op(words: Tensor) -> Tensor:
+    """Codes uint8 [O, I] from the op's order: blocks of B rows (32 on AVX2, 64 on AVX-512), and in
+    a block, for each column, B/2 bytes holding rows n (low nibble) and n + B/2 (high nibble).
+    """
+    out_features, half_columns = words.shape
+    columns = 2 * half_columns
+    half = 32 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 16
+    blocks = words.view(-1, columns, half)
+    nibbles = torch.stack([blocks & 15, blocks >> 4], 1)  # [blocks, 2, I, B/2]
+    return nibbles.permute(0, 1, 3, 2).reshape(out_features, columns)
+
+
+@cache
+def int4_order_is_known() -> bool:
+    """Whether `unpack_int4_op` undoes this torch build's packing (checked on 128 x 64 codes)."""
+    codes = (torch.arange(128 * 64, dtype=torch.int32) * 7 // 3 % 16).view(128, 64)
+    words = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    return torch.equal(unpack_int4_op(words).to(torch.int32), codes)
+
+
+def int4_op_linear(x: Tensor, resident: dict[str, Tensor], group_size: int) -> Tensor:
+    """y = x @ w^T by the int4 op for few rows, else by dequantizing; x [M, I] bf16 -> [M, O]."""
+    words, scale = resident["words"], resident["scale"]
+    if x.dtype == torch.bfloat16 and x.shape[0] <= SMALL_ROWS:
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x.contiguous(), words, group_size, scale
+        )
+        return y
+    compute = x.dtype if x.dtype == torch.bfloat16 and has_fast_bf16() else torch.float32
+    weight = unpack_int4_op(words).sub_(8).view(torch.int8).float()
+    scale_groups_(weight, scale[:, :, 0].t().float(), group_size)
+    return F.linear(x.to(compute), weight.to(compute)).to(x.dtype)
+
+
+def int8_op_linear(x: Tensor, resident: dict[str, Tensor]) -> Tensor:
+    """y = (x @ q^T) * s for one scale a row, q int8 [O, I]; by the int8 op for few bf16 rows."""
+    words, scale = resident["words"], resident["scale"]
+    if x.dtype == torch.bfloat16 and x.shape[0] <= SMALL_ROWS and scale.dtype == torch.bfloat16:
+        return torch._weight_int8pack_mm(x.contiguous(), words, scale)
+    compute = x.dtype if x.dtype == torch.bfloat16 and has_fast_bf16() else torch.float32
+    x_wide, factor = x.to(compute), scale.to(compute)
+    y = torch.empty((x.shape[0], words.shape[0]), dtype=compute)
+    step = max(16, CHUNK_ELEMENTS // words.shape[1])
+    for start in range(0, words.shape[0], step):
+        rows = slice(start, start + step)
+        y[:, rows] = F.linear(x_wide, words[rows].to(compute))
+    return (y * factor).to(x.dtype)

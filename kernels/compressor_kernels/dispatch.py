@@ -1,0 +1,185 @@
+"""Which code computes a packed linear on this device, decided once per layer and said aloud.
+
+    plan = plan_linear("cpu", bits=4, group_size=128, symmetric=True, shape=(4096, 4096))
+    plan.name, plan.reason            # "planes", "activations are not bf16: exact float32 ..."
+    resident = plan.prepare(tensors)  # checkpoint tensors -> the tensors to keep
+    y = plan.apply(x, resident)       # x [..., I] -> y [..., O] in x.dtype
+
+`tensors` holds the compressed-tensors names `weight_packed`, `weight_scale`, `weight_shape` and,
+for asymmetric weights, `weight_zero_point`. `resident` is a flat dict of tensors, fit for buffers of a
+module; nothing else is kept. To add a way: one entry in `WAYS` and one rule in `choose`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compressor_kernels import cpu
+from compressor_kernels.planes import to_planes
+from compressor_kernels.reference import dequant_gemm as reference_gemm
+from compressor_kernels.reference import dequantize_checkpoint, read_checkpoint
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSpec:
+    """Format of one linear: w [O, I] at `bits`, one scale per `group_size` columns (-1: per row).
+
+    `dtype` is the dtype of the activations the layer will mostly see; apply() takes any.
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    shape: tuple[int, int]
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"bits must be 2 to 8, got {self.bits}")
+        if self.group_size != -1 and self.group_size < 1:
+            raise ValueError(f"group_size must be positive or -1, got {self.group_size}")
+        if len(self.shape) != 2 or min(self.shape) < 1:
+            raise ValueError(f"shape must be (out, in), both positive, got {self.shape}")
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One implementation: checkpoint tensors -> resident tensors, and x [M, I] -> y [M, O]."""
+
+    prepare: Callable[[LinearSpec, Tensors], Tensors]
+    apply: Callable[[LinearSpec, Tensor, Tensors], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class LinearPlan:
+    """The way one linear is computed: `name` of the way, `reason` it was chosen."""
+
+    name: str
+    reason: str
+    spec: LinearSpec
+    device: torch.device
+
+    def prepare(self, tensors: Tensors) -> Tensors:
+        """Tensors to keep on the device, from the tensors of the checkpoint.
+
+        Raises ValueError when their shapes, or the presence of zero points, differ from the spec.
+        """
+        check_tensors(self.spec, tensors)
+        made = WAYS[self.name].prepare(self.spec, tensors)
+        return {name: tensor.to(self.device) for name, tensor in made.items()}
+
+    def apply(self, x: Tensor, resident: Tensors, bias: Tensor | None = None) -> Tensor:
+        """y = x @ w^T (+ bias): x [..., I] floating -> [..., O] in x.dtype."""
+        out_features, in_features = self.spec.shape
+        if x.shape[-1] != in_features:
+            raise ValueError(f"x has {x.shape[-1]} features, the weight {in_features}")
+        y = WAYS[self.name].apply(self.spec, x.reshape(-1, in_features), resident)
+        y = y.view(*x.shape[:-1], out_features)
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def resident_bytes(self, resident: Tensors) -> int:
+        """Bytes the resident tensors hold."""
+        return sum(tensor.nbytes for tensor in resident.values())
+
+
+def check_tensors(spec: LinearSpec, tensors: Tensors) -> None:
+    """Refuse checkpoint tensors that do not belong to `spec`."""
+    shape = tuple(tensors["weight_shape"].tolist())
+    if shape != spec.shape:
+        raise ValueError(f"weight_shape is {shape}, the plan was made for {spec.shape}")
+    if ("weight_zero_point" in tensors) == spec.symmetric:
+        raise ValueError(
+            f"the plan is {'symmetric' if spec.symmetric else 'asymmetric'}, but weight_zero_point "
+            f"is {'present' if spec.symmetric else 'missing'}"
+        )
+
+
+def plan_linear(
+    device: torch.device | str,
+    bits: int,
+    *,
+    group_size: int,
+    symmetric: bool,
+    shape: tuple[int, int],
+) -> LinearPlan:
+    """Plan for float32 or mixed activations; see `plan_for` to name their dtype."""
+    return plan_for(device, LinearSpec(bits, group_size, symmetric, shape))
+
+
+def plan_for(device: torch.device | str, spec: LinearSpec) -> LinearPlan:
+    """Choose the way for one linear on one device."""
+    where = torch.device(device)
+    name, reason = choose(where, spec)
+    return LinearPlan(name, reason, spec, where)
+
+
+def choose(device: torch.device, spec: LinearSpec) -> tuple[str, str]:
+    """(name in `WAYS`, why)."""
+    if device.type != "cpu":
+        return "planes", f"{spec.bits} bits on {device.type}: no kernel, dequantized at each call"
+    capability = torch.backends.cpu.get_cpu_capability()
+    if spec.dtype != torch.bfloat16:
+        return "planes", "activations are not bf16: exact float32 dequantization at each call"
+    if spec.symmetric and cpu.has_packed_ops():
+        if spec.bits == 8 and cpu.int8_op_takes(spec.group_size, spec.shape):
+            return "cpu-int8", f"{capability}: torch's int8 product up to {cpu.SMALL_ROWS} rows"
+        known = spec.bits == 4 and cpu.int4_op_takes(spec.group_size, spec.shape)
+        if known and cpu.int4_order_is_known():
+            return "cpu-int4", f"{capability}: torch's int4 product up to {cpu.SMALL_ROWS} rows"
+    return "planes", f"no packed product for this format on {capability}: dequantized at each call"
+
+
+# ------------------------------------------------------------------ the ways
+
+
+def _prepare_planes(spec: LinearSpec, tensors: Tensors) -> Tensors:
+    codes, scale, zeros = read_checkpoint(tensors, spec.bits, spec.group_size)
+    resident = to_planes(codes, spec.bits) | {"scale": scale.contiguous()}
+    return resident if zeros is None else resident | {"zeros": zeros}
+
+
+def _apply_planes(spec: LinearSpec, x: Tensor, resident: Tensors) -> Tensor:
+    return cpu.planes_linear(
+        x, resident, bits=spec.bits, group_size=spec.group_size, shape=spec.shape
+    )
+
+
+def _prepare_int4(spec: LinearSpec, tensors: Tensors) -> Tensors:
+    codes, scale, _ = read_checkpoint(tensors, spec.bits, spec.group_size)
+    return cpu.pack_int4_op(codes, scale)
+
+
+def _apply_int4(spec: LinearSpec, x: Tensor, resident: Tensors) -> Tensor:
+    return cpu.int4_op_linear(x, resident, spec.group_size)
+
+
+def _prepare_int8(spec: LinearSpec, tensors: Tensors) -> Tensors:
+    codes, scale, _ = read_checkpoint(tensors, spec.bits, spec.group_size)
+    words = (codes - 128).view(torch.int8)  # modulo 256: the signed code
+    return {"words": words, "scale": scale[:, 0].to(torch.bfloat16)}
+
+
+def _apply_int8(spec: LinearSpec, x: Tensor, resident: Tensors) -> Tensor:
+    return cpu.int8_op_linear(x, resident)
+
+
+def _prepare_reference(spec: LinearSpec, tensors: Tensors) -> Tensors:
+    return dict(tensors)
+
+
+def _apply_reference(spec: LinearSpec, x: Tensor, resident: Tensors) -> Tensor:
+    return reference_gemm(x, dequantize_checkpoint(resident, spec.bits, spec.group_size))
+
+
+WAYS: dict[str, Way] = {
+    "planes": Way(_prepare_planes, _apply_planes),
+    "cpu-int4": Way(_prepare_int4, _apply_int4),
+    "cpu-int8": Way(_prepare_int8, _apply_int8),
+    "reference": Way(_prepare_reference, _apply_reference),
+}
