@@ -1,0 +1,63 @@
+"""Recipes: strict YAML 1.2 with line numbers, typed stages, order rules, overrides, patterns."""
+
+from compressor.recipe.base import Part
+from compressor.recipe.models import (
+    SCHEMA_VERSION,
+    STAGE_CONFIGS,
+    Budget,
+    CalibrateConfig,
+    DataConfig,
+    DistillConfig,
+    EvaluateConfig,
+    EvaluationData,
+    Gate,
+    ModelConfig,
+    PackConfig,
+    PruneConfig,
+    QuantizeConfig,
+    Recipe,
+    StageConfig,
+    Student,
+    VerifyConfig,
+    Width,
+    parse_size,
+)
+from compressor.recipe.order import check_order, needs_calibration
+from compressor.recipe.parse import dump_recipe, load_recipe, parse_recipe, recipe_schema
+from compressor.recipe.patterns import check_patterns, match_names
+from compressor.recipe.presets import KEEP, SCHEMES, Preset, candidate_preset
+
+__all__ = [
+    "KEEP",
+    "SCHEMA_VERSION",
+    "SCHEMES",
+    "STAGE_CONFIGS",
+    "Budget",
+    "CalibrateConfig",
+    "DataConfig",
+    "DistillConfig",
+    "EvaluateConfig",
+    "EvaluationData",
+    "Gate",
+    "ModelConfig",
+    "PackConfig",
+    "Part",
+    "Preset",
+    "PruneConfig",
+    "QuantizeConfig",
+    "Recipe",
+    "StageConfig",
+    "Student",
+    "VerifyConfig",
+    "Width",
+    "candidate_preset",
+    "check_order",
+    "check_patterns",
+    "dump_recipe",
+    "load_recipe",
+    "match_names",
+    "needs_calibration",
+    "parse_recipe",
+    "parse_size",
+    "recipe_schema",
+]

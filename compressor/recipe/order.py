@@ -1,0 +1,202 @@
+"""Which orders of stages make sense, and settings that contradict one another.
+
+Stages may come in any order and as often as wanted, with these exceptions: `pack` ends the changes
+of the weights; `verify` and `evaluate` look at what `pack` wrote; a stage that needs statistics
+needs a `calibrate` somewhere before it (one is enough: later stages collect their own statistics
+on the same tokens); and nothing may throw away what an earlier stage made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from compressor.errors import RecipeError
+from compressor.recipe.base import Part
+from compressor.recipe.models import DistillConfig, PruneConfig, QuantizeConfig, Recipe
+from compressor.recipe.patterns import check_patterns
+from compressor.recipe.presets import ENGINE_BITS, SCHEMES, Preset, candidate_preset
+
+CHANGES_WEIGHTS = ("quantize", "prune", "distill")
+
+
+def check_order(recipe: Recipe) -> None:
+    """Refuse nonsensical orders and contradictions, naming both stages and both lines."""
+    kinds = [stage.kind for stage in recipe.stages]
+    if "pack" not in kinds:
+        raise RecipeError(
+            "no stage writes the result", code="RC17", where=recipe.where("stages"),
+            fix="add `- kind: pack` after the last stage that changes weights",
+        )  # fmt: skip
+    for index in range(len(kinds)):
+        for check in _CHECKS:
+            check(recipe, index)
+
+
+def needs_calibration(stage: Part) -> str:
+    """Why a stage needs calibration tokens; empty if it does not."""
+    if isinstance(stage, QuantizeConfig):
+        if stage.method == "gptq":
+            return "gptq solves against activations"
+        if stage.budget is not None:
+            return "a budget is spent by measured sensitivity"
+        return "protect_auto ranks layers by sensitivity" if stage.protect_auto else ""
+    if isinstance(stage, PruneConfig):
+        if stage.width is not None or stage.depth is not None:
+            return "channels and blocks are ranked by activations"
+        if stage.method != "magnitude":
+            return f"{stage.method} weighs by activations"
+        return "reconstruct: true solves against activations" if stage.reconstruct else ""
+    return ""
+
+
+def _conflict(recipe: Recipe, earlier: int, later: int, message: str, fix: str) -> RecipeError:
+    first, second = recipe.where(f"stages.{earlier}"), recipe.where(f"stages.{later}")
+    name = f"`{recipe.stages[later].kind}` (line {second.line or '-'})"
+    before = f"`{recipe.stages[earlier].kind}` (line {first.line or '-'})"
+    text = message.format(later=name, earlier=before)
+    return RecipeError(text, code="RC17", where=second, fix=fix)
+
+
+def _nothing_changes_after_pack(recipe: Recipe, index: int) -> None:
+    kinds = [stage.kind for stage in recipe.stages[:index]]
+    if "pack" in kinds and recipe.stages[index].kind not in ("verify", "evaluate"):
+        raise _conflict(
+            recipe, kinds.index("pack"), index,
+            "{later} comes after {earlier}: what is packed is final",
+            "move it before pack; after pack only verify and evaluate may follow",
+        )  # fmt: skip
+
+
+def _looks_only_at_packed(recipe: Recipe, index: int) -> None:
+    kinds = [stage.kind for stage in recipe.stages]
+    if kinds[index] in ("verify", "evaluate") and "pack" not in kinds[:index]:
+        raise _conflict(
+            recipe, kinds.index("pack"), index,
+            "{later} comes before {earlier}, but it looks at what pack wrote",
+            f"move {kinds[index]} after pack",
+        )  # fmt: skip
+
+
+def _calibrate_before(recipe: Recipe, index: int) -> None:
+    kinds = [stage.kind for stage in recipe.stages]
+    stage = recipe.stages[index]
+    reason = needs_calibration(stage)
+    if not reason or "calibrate" in kinds[:index]:
+        return
+    if "calibrate" in kinds:
+        raise _conflict(
+            recipe, index, kinds.index("calibrate"),
+            "{later} comes after {earlier}, which needs it: " + reason,
+            "move calibrate to the front",
+        )  # fmt: skip
+    raise RecipeError(
+        f"`{stage.kind}` needs a calibrate stage before it: {reason}",
+        code="RC17", where=recipe.where(f"stages.{index}"),
+        fix="add `- kind: calibrate` before it",
+    )  # fmt: skip
+
+
+def _keeps_quantized_shapes(recipe: Recipe, index: int) -> None:
+    stage = recipe.stages[index]
+    kinds = [stage.kind for stage in recipe.stages[:index]]
+    if isinstance(stage, PruneConfig) and stage.width is not None and "quantize" in kinds:
+        raise _conflict(
+            recipe, kinds.index("quantize"), index,
+            "{later} changes the width of layers that {earlier} has put on a grid of groups",
+            "prune width before quantize",
+        )  # fmt: skip
+
+
+def _student_comes_first(recipe: Recipe, index: int) -> None:
+    stage = recipe.stages[index]
+    if not (isinstance(stage, DistillConfig) and stage.student is not None):
+        return
+    for earlier, other in enumerate(recipe.stages[:index]):
+        if other.kind in ("quantize", "prune"):
+            raise _conflict(
+                recipe, earlier, index,
+                "{later} starts a new student, which throws away what {earlier} made",
+                "distill the student first",
+            )  # fmt: skip
+
+
+def _scales_need_a_grid(recipe: Recipe, index: int) -> None:
+    stage = recipe.stages[index]
+    kinds = [stage.kind for stage in recipe.stages[:index]]
+    if isinstance(stage, DistillConfig) and stage.train == "scales" and "quantize" not in kinds:
+        raise RecipeError(
+            "`train: scales` needs a quantize stage before it: there are no scales yet",
+            code="RC17", where=stage.where("train"), fix="use train: auto",
+        )  # fmt: skip
+
+
+def _warmup_within_steps(recipe: Recipe, index: int) -> None:
+    stage = recipe.stages[index]
+    if isinstance(stage, DistillConfig) and stage.warmup_steps > stage.steps:
+        raise RecipeError(
+            f"warmup_steps {stage.warmup_steps} (line {stage.where('warmup_steps').line or '-'}) "
+            f"is more than steps {stage.steps} (line {stage.where('steps').line or '-'})",
+            code="RC17", where=stage.where("warmup_steps"), fix="use fewer warm-up steps",
+        )  # fmt: skip
+
+
+def _budget_is_reachable(recipe: Recipe, index: int) -> None:
+    stage = recipe.stages[index]
+    if not (isinstance(stage, QuantizeConfig) and stage.budget and stage.budget.average_bits):
+        return
+    presets = [candidate_preset(label, stage.preset.group_size) for label in stage.candidates]
+    floor = min(16.0 if preset is None else preset.bits_per_weight for preset in presets)
+    if stage.budget.average_bits < floor:
+        raise RecipeError(
+            f"average_bits {stage.budget.average_bits:g} (line "
+            f"{stage.where('budget.average_bits').line or '-'}) is below the smallest candidate "
+            f"(line {stage.where('candidates').line or '-'}), which takes {floor:g}",
+            code="RC17", where=stage.where("budget.average_bits"),
+            fix=f"use at least {floor:g}, or add a smaller candidate of {', '.join(SCHEMES)}",
+        )  # fmt: skip
+
+
+def _engines_can_read(recipe: Recipe, index: int) -> None:
+    stage = recipe.stages[index]
+    if not isinstance(stage, QuantizeConfig):
+        return
+    key = "candidates" if stage.budget else "scheme"
+    labels = stage.candidates if stage.budget else []
+    presets = [candidate_preset(label, stage.preset.group_size) for label in labels]
+    for preset in presets if stage.budget else [stage.preset]:
+        for engine in stage.engines:
+            _refuse_unreadable(stage, preset, engine, key)
+
+
+def _refuse_unreadable(stage: QuantizeConfig, preset: Preset | None, engine: str, key: str) -> None:
+    if preset is None or engine not in ENGINE_BITS:
+        return
+    readable = ENGINE_BITS[engine][0 if preset.symmetric else 1]
+    if preset.bits not in readable:
+        kind = "symmetric" if preset.symmetric else "asymmetric"
+        raise RecipeError(
+            f"engine {engine} (line {stage.where('engines').line or '-'}) does not read {kind} "
+            f"{preset.bits}-bit layers ({key}, line {stage.where(key).line or '-'})",
+            code="RC17", where=stage.where(key),
+            fix=f"{engine} reads {kind} {', '.join(map(str, readable))} bit; change either",
+        )  # fmt: skip
+
+
+def _patterns_are_safe(recipe: Recipe, index: int) -> None:
+    stage = recipe.stages[index]
+    for key in ("targets", "ignore", "protect"):
+        check_patterns(getattr(stage, key, []), where=stage.where(key))
+
+
+_CHECKS: tuple[Callable[[Recipe, int], None], ...] = (
+    _nothing_changes_after_pack,
+    _looks_only_at_packed,
+    _calibrate_before,
+    _keeps_quantized_shapes,
+    _student_comes_first,
+    _scales_need_a_grid,
+    _warmup_within_steps,
+    _budget_is_reachable,
+    _engines_can_read,
+    _patterns_are_safe,
+)
