@@ -6,8 +6,8 @@
     y = plan.apply(x, resident)       # x [..., I] -> y [..., O] in x.dtype
 
 `tensors` holds the compressed-tensors names `weight_packed`, `weight_scale`, `weight_shape` and,
-for asymmetric weights, `weight_zero_point`. `resident` is a flat dict of tensors, fit for buffers of a
-module; nothing else is kept. To add a way: one entry in `WAYS` and one rule in `choose`.
+for asymmetric weights, `weight_zero_point`. `resident` is a flat dict of tensors, fit for buffers
+of a module; nothing else is kept. To add a way: one entry in `WAYS` and one rule in `choose`.
 """
 
 from __future__ import annotations
