@@ -1,0 +1,230 @@
+"""GPTQ: round the columns one after another, and let the later ones repair the error.
+
+For one layer with inputs x and H = E[x x^T], the mean squared output error of rounding W to W^ is
+
+    tr((W^ - W) H (W^ - W)^T).
+
+With H^-1 = U^T U (U upper triangular) the greedy solution column by column is (Frantar et al. 2022,
+"GPTQ", section 3.3; the same numbers as LDLQ and as Babai's nearest plane)
+
+    q_i = round of w_i on its grid,   e_i = (w_i - w^_i) / U_ii,   w_j <- w_j - e_i U_ij  for j > i.
+
+Choices made here, each measured in the project's notes:
+
+* columns are visited in order of falling H_jj ("act-order"), while every group keeps its original
+  columns and a grid fixed beforehand ("static groups"), so nothing but codes reaches the file;
+* U comes from one Cholesky factorisation of H with rows and columns reversed: if J is the reversal,
+  J H J = L L^T, then U = J L^-1 J, and H^-1 is never formed;
+* a column that no calibration token touched (H_jj = 0) keeps its value and is rounded to nearest;
+* masked (pruned) weights are forced to the zero point, and their error is repaired as well.
+
+# O out, I in, B columns per block
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compressor.algorithms.finite import require_finite
+from compressor.algorithms.grid import Grid, dequantize, group_width
+
+MAX_RETRIES = 3  # times the dampening is raised tenfold
+EIGENVALUE_FLOOR = 1e-6  # of the largest eigenvalue
+DAMPENING_CEILING = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """How H was factorised; quality moves towards round-to-nearest as dampening grows.
+
+    dampening_used: multiple of mean(diag H) added to the diagonal, 0 for a diagonal fallback.
+    attempts: factorisations tried, 1 if the first succeeded.
+    reason: empty, or one sentence that says what had to be done instead.
+    """
+
+    dampening_used: float
+    attempts: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GptqResult:
+    """Codes and their cost.
+
+    codes: uint8 [O, I]. error: tr(dW H dW^T) with the undamped H. num_dead: columns without input.
+    num_saturated: codes that wanted to lie outside the grid and were clamped.
+    """
+
+    codes: Tensor
+    error: float
+    num_dead: int
+    num_saturated: int
+    factor: Factor
+
+
+def hessian_error(delta_w: Tensor, hessian: Tensor) -> float:
+    """tr(dW H dW^T): mean squared output error per token, summed over rows. dW [O, I], H [I, I]."""
+    delta = delta_w.to(torch.promote_types(delta_w.dtype, torch.float32))
+    product = (delta @ hessian.to(delta.dtype)).mul_(delta)
+    return float(product.sum(dtype=torch.float64))
+
+
+def inverse_cholesky(hessian: Tensor, *, dampening: float) -> tuple[Tensor, Factor]:
+    """U [I, I], upper triangular, with (H + dampening * mean(diag H) * I)^-1 = U^T U.
+
+    If the factorisation fails: once more in fp64, then up to three times with tenfold dampening,
+    then with clamped eigenvalues, at last with diag(H) alone. The ``Factor`` says which. Memory: at
+    most three I x I matrices besides H (in fp64 after the first attempt). Raises NumericError NU01
+    if H is not finite; that is a broken input and no dampening can repair it.
+    """
+    require_finite(hessian, "the input statistics (Hessian) of a layer")
+    dtype = torch.promote_types(hessian.dtype, torch.float32)
+    attempts = 0
+    for attempts, (lam, precision, reason) in enumerate(_ladder(dampening, dtype), start=1):
+        upper = _factor(_damped(hessian, lam, precision))
+        if upper is not None:
+            return upper.to(dtype), Factor(lam, attempts, reason)
+    clamped = _clamp_eigenvalues(hessian)
+    upper = None if clamped is None else _factor(clamped)
+    if upper is not None:
+        reason = "not positive definite at any dampening: small eigenvalues were raised"
+        return upper.to(dtype), Factor(0.0, attempts + 1, reason)
+    diagonal = hessian.diagonal().to(dtype).clamp(min=0)
+    floor = diagonal.max() * EIGENVALUE_FLOOR
+    safe = torch.where(diagonal > floor, diagonal, floor if bool(floor > 0) else diagonal + 1)
+    reason = "no factorisation succeeded: only the diagonal was used (round to nearest)"
+    return torch.diag(safe.rsqrt()), Factor(0.0, attempts + 2, reason)
+
+
+def gptq(
+    w: Tensor,
+    hessian: Tensor,
+    *,
+    grid: Grid,
+    dampening: float = 0.01,
+    mask: Tensor | None = None,
+    columns_per_block: int = 128,
+) -> GptqResult:
+    """Round w [O, I] onto the fixed grid so that the error weighted with H [I, I] is small.
+
+    mask: bool [O, I], True = keep; all other codes become the zero point (an exact 0). The order of
+    columns, ties included, depends on H alone, so equal inputs give equal codes. Raises
+    NumericError NU01 for non-finite w or H, RecipeError CK29 if groups do not tile the columns.
+    """
+    require_finite(w, "the weights to be quantized")
+    alive, num_dead = _revive(hessian)
+    order = torch.argsort(alive.diagonal(), descending=True, stable=True)
+    upper, factor = inverse_cholesky(alive[order][:, order], dampening=dampening)
+    del alive
+    codes, num_saturated = _sweep(w, upper, order, grid=grid, mask=mask, block=columns_per_block)
+    error = hessian_error(dequantize(codes, grid).sub_(w), hessian)
+    return GptqResult(codes, error, num_dead, num_saturated, factor)
+
+
+def _ladder(dampening: float, dtype: torch.dtype) -> Iterator[tuple[float, torch.dtype, str]]:
+    """Dampening, precision and explanation of each attempt."""
+    yield dampening, dtype, ""
+    yield dampening, torch.float64, "not positive definite in fp32: factorised in fp64"
+    lam = dampening
+    for _ in range(MAX_RETRIES):
+        lam = min(max(lam * 10, 1e-4), max(DAMPENING_CEILING, dampening))
+        yield lam, torch.float64, f"not positive definite: dampening raised to {lam:g}"
+
+
+def _damped(hessian: Tensor, dampening: float, dtype: torch.dtype) -> Tensor:
+    """A symmetric copy of H, reversed in rows and columns, with dampening on its diagonal."""
+    flipped = hessian.to(dtype).flip(0, 1)
+    flipped = flipped.add_(flipped.T.clone()).mul_(0.5)
+    flipped.diagonal().add_(dampening * flipped.diagonal().mean())
+    return flipped
+
+
+def _factor(flipped: Tensor) -> Tensor | None:
+    """U = J L^-1 J of the reversed matrix J H J = L L^T; None if it is not positive definite."""
+    lower, info = torch.linalg.cholesky_ex(flipped)
+    if int(info) != 0:
+        return None
+    identity = torch.eye(lower.shape[0], dtype=lower.dtype, device=lower.device)
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    del lower, identity
+    return inverse.flip(0, 1) if bool(torch.isfinite(inverse.sum())) else None
+
+
+def _clamp_eigenvalues(hessian: Tensor) -> Tensor | None:
+    """H, reversed, with eigenvalues raised to a floor; None if they cannot be had."""
+    try:
+        values, vectors = torch.linalg.eigh(_damped(hessian, 0.0, torch.float64))
+    except RuntimeError:  # torch.linalg.LinAlgError: no convergence
+        return None
+    if not bool(values[-1] > 0):
+        return None
+    raised = vectors * values.clamp(min=float(values[-1]) * EIGENVALUE_FLOOR)
+    return torch.mm(raised, vectors.T)
+
+
+def _revive(hessian: Tensor) -> tuple[Tensor, int]:
+    """A copy of H whose dead columns carry the mean diagonal, uncorrelated; and their number."""
+    alive = hessian.to(torch.promote_types(hessian.dtype, torch.float32), copy=True)
+    diagonal = alive.diagonal()
+    dead = diagonal <= 0
+    num_dead = int(dead.sum())
+    if num_dead:
+        alive[dead, :] = 0
+        alive[:, dead] = 0
+        mean = float(diagonal.mean())
+        diagonal[dead] = mean if mean > 0 else 1.0
+    return alive, num_dead
+
+
+def _sweep(
+    w: Tensor, upper: Tensor, order: Tensor, *, grid: Grid, mask: Tensor | None, block: int
+) -> tuple[Tensor, int]:
+    """Visit all columns in order; codes [O, I] in original columns, and the number clamped.
+
+    Weights lie transposed, [I, O] in visiting order, so that one column is one contiguous row.
+    """
+    columns = _Columns(w, order, grid, mask, dtype=upper.dtype)
+    for begin in range(0, len(columns.position), block):
+        end = min(begin + block, len(columns.position))
+        errors = torch.empty_like(columns.weights[begin:end])
+        for row in range(begin, end):
+            offset = row - begin
+            column = columns.weights[row]
+            if offset:  # errors of this block, applied only when the column's turn comes
+                column = column - torch.mv(errors[:offset].T, upper[begin:row, row])
+            errors[offset] = columns.round(row, column) / upper[row, row]
+        columns.weights[end:] -= upper[begin:end, end:].T @ errors
+    return columns.codes.T.contiguous(), int(columns.num_saturated)
+
+
+class _Columns:
+    """Columns of one layer in visiting order, with the grid, mask and codes that belong to them."""
+
+    def __init__(
+        self, w: Tensor, order: Tensor, grid: Grid, mask: Tensor | None, *, dtype: torch.dtype
+    ) -> None:
+        self.width = group_width(w.shape[1], grid.group_size)
+        self.position: list[int] = order.tolist()  # original column of each visited one
+        self.weights = w.T.to(dtype)[order]
+        self.keep = None if mask is None else mask.T[order]
+        self.scale = grid.scale.T.to(dtype).contiguous()  # [G, O]
+        self.zero = grid.zero_point.T.to(dtype).contiguous()
+        self.top = grid.num_levels - 1
+        self.codes = torch.empty(w.shape[1], w.shape[0], dtype=torch.uint8, device=w.device)
+        self.num_saturated = torch.zeros((), dtype=torch.int64, device=w.device)
+
+    def round(self, row: int, column: Tensor) -> Tensor:
+        """Store the codes of one column [O] and return its error w - w^."""
+        original = self.position[row]
+        scale, zero = self.scale[original // self.width], self.zero[original // self.width]
+        wanted = torch.round(column / scale) + zero
+        if self.keep is not None:
+            wanted = torch.where(self.keep[row], wanted, zero)
+        code = wanted.clamp(0, self.top)
+        self.num_saturated += (code != wanted).sum()
+        self.codes[original] = code.to(torch.uint8)
+        return column - (code - zero) * scale

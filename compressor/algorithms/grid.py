@@ -1,0 +1,251 @@
+"""Uniform integer grids: which scale and zero point represent a group of weights best.
+
+    w  ~  s * (q - z),      q = clamp(round(w / s) + z, 0, 2^bits - 1)
+
+``s`` is one positive number and ``z`` one integer for every group of neighbouring columns of a row.
+A symmetric grid fixes z = 2^(bits-1), so its signed range is the full [-2^(b-1), 2^(b-1) - 1].
+
+Three rules keep the numbers exact from here to the packed file:
+
+* s is rounded to the dtype in which it is stored *before* any weight is rounded with it;
+* rounding is half to even, of w / s (a division, not a product with 1 / s), and z is added after
+  it, so 0 always maps to the code z and back to exactly 0;
+* z is an integer inside the code range, hence 0 is always representable.
+
+``minmax_grid`` covers the whole range of a group. ``mse_grid`` trades the rare large weight for a
+finer step: it tries shrunk ranges with neighbouring zero points, then refines the best scale by
+least squares for fixed codes, s = <h w, c> / <h c, c> with c = q - z, and never accepts a step that
+raises the error sum_j h_j (w_j - w^_j)^2.
+
+# O out, I in, G groups, g columns in a group, Q = 2^bits - 1
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compressor.algorithms.finite import require_finite
+from compressor.errors import RecipeError
+
+NUM_REFINEMENTS = 3  # least-squares steps after the search; the error stops moving after 2 or 3
+ROWS_AT_ONCE_ELEMENTS = 1 << 20  # weights searched together: bounds the temporaries to ~20 MB
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Grid:
+    """Scales and zero points of one weight matrix.
+
+    scale: [O, G] fp32, each value representable in the stored dtype, positive and normal.
+    zero_point: [O, G] int32 in the unsigned code range; 2^(bits-1) everywhere if symmetric.
+    group_size: columns that share a scale, or -1 for one group per row.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    bits: int
+    group_size: int
+    symmetric: bool
+
+    @property
+    def num_levels(self) -> int:
+        """Number of codes, 2^bits."""
+        return 1 << self.bits
+
+    def expand(self, columns: int) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of every weight: two [O, columns] tensors (fp32, int32)."""
+        width = group_width(columns, self.group_size)
+        return (
+            self.scale.repeat_interleave(width, dim=1),
+            self.zero_point.repeat_interleave(width, dim=1),
+        )
+
+
+def group_width(columns: int, group_size: int) -> int:
+    """Columns in one group; raises RecipeError CK29 if groups do not tile the columns."""
+    width = columns if group_size == -1 else group_size
+    if width <= 0 or columns % width:
+        raise RecipeError(
+            f"{columns} input columns cannot be split into groups of {group_size}",
+            code="CK29",
+            why="every group lies inside one row and has the same number of columns",
+            fix="choose a group_size that divides the number of input columns, or -1",
+        )
+    return width
+
+
+def minmax_grid(
+    w: Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    scale_dtype: torch.dtype = torch.bfloat16,
+) -> Grid:
+    """The grid that spans every group: no weight is clipped by more than half a step.
+
+    w: [O, I]. Symmetric scales are absmax / (2^(b-1) - 1/2): both ends are then half a step beyond
+    the outer codes -2^(b-1) and 2^(b-1) - 1. Raises NumericError NU01 for non-finite w and
+    RecipeError CK29 if groups do not tile the columns.
+    """
+    groups = _grouped(w, group_size)
+    scale, zero = _minmax(groups, bits=bits, symmetric=symmetric, scale_dtype=scale_dtype)
+    return Grid(scale, zero.to(torch.int32), bits, group_size, symmetric)
+
+
+def mse_grid(
+    w: Tensor,
+    *,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    scale_dtype: torch.dtype = torch.bfloat16,
+    importance: Tensor | None = None,
+    num_shrink: int = 32,
+) -> Grid:
+    """The grid with the smallest weighted squared error found by search, per row and group.
+
+    w: [O, I]; importance: [I], for example diag(H), or None for plain squared error (the better
+    choice inside GPTQ). Never worse than ``minmax_grid`` in any group. Cost: about 3 * num_shrink
+    passes over w (num_shrink if symmetric). Raises as ``minmax_grid``.
+    """
+    groups = _grouped(w, group_size)
+    weight = None if importance is None else _grouped(importance[None], group_size)
+    rows = max(1, ROWS_AT_ONCE_ELEMENTS // w.shape[1])
+    search = _Search(bits, symmetric, scale_dtype, num_shrink)
+    parts = [search.solve(part, weight) for part in torch.split(groups, rows)]
+    scale = torch.cat([part[0] for part in parts])
+    zero = torch.cat([part[1] for part in parts]).to(torch.int32)
+    return Grid(scale, zero, bits, group_size, symmetric)
+
+
+def quantize(w: Tensor, grid: Grid) -> Tensor:
+    """Round weights to the nearest code of their group: [O, I] float -> [O, I] uint8."""
+    groups = _grouped(w, grid.group_size)
+    codes = _codes(groups, grid.scale, grid.zero_point, levels=grid.num_levels)
+    return codes.to(torch.uint8).reshape(w.shape)
+
+
+def dequantize(codes: Tensor, grid: Grid) -> Tensor:
+    """The weights that codes stand for, (q - z) * s: [O, I] uint8 -> [O, I] fp32."""
+    width = group_width(codes.shape[1], grid.group_size)
+    centred = codes.reshape(len(codes), -1, width).float() - grid.zero_point.unsqueeze(-1).float()
+    return (centred * grid.scale.unsqueeze(-1)).flatten(1)
+
+
+def _grouped(w: Tensor, group_size: int) -> Tensor:
+    """[O, I] -> fp32 [O, G, g], checked."""
+    width = group_width(w.shape[1], group_size)
+    require_finite(w, "the weights to be quantized")
+    return w.float().reshape(len(w), -1, width)
+
+
+def _codes(groups: Tensor, scale: Tensor, zero: Tensor, *, levels: int) -> Tensor:
+    """Codes as floats: [O, G, g] with [O, G] parameters."""
+    rounded = torch.round(groups / scale.unsqueeze(-1))
+    return rounded.add_(zero.unsqueeze(-1)).clamp_(0, levels - 1)
+
+
+def _stored(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
+    """Round a scale to its stored dtype and keep it a positive normal number; all-zero -> 1."""
+    info = torch.finfo(scale_dtype)
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return scale.clamp(info.tiny, info.max).to(scale_dtype).float()
+
+
+def _minmax(
+    groups: Tensor, *, bits: int, symmetric: bool, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point (both fp32 [O, G]) that cover every group."""
+    top = (1 << bits) - 1
+    if symmetric:
+        scale = groups.abs().amax(dim=-1) / ((1 << (bits - 1)) - 0.5)
+        return _stored(scale, scale_dtype), torch.full_like(scale, 1 << (bits - 1))
+    low = groups.amin(dim=-1).clamp(max=0)
+    high = groups.amax(dim=-1).clamp(min=0)
+    # each end divided on its own: high - low may overflow where neither end does
+    scale = _stored(high / top - low / top, scale_dtype)
+    return scale, torch.round(-low / scale).clamp(0, top)
+
+
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """Settings of one mse search; ``solve`` runs it on a slab of rows."""
+
+    bits: int
+    symmetric: bool
+    scale_dtype: torch.dtype
+    num_shrink: int
+
+    def solve(self, groups: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Best scale and zero point (fp32 [O, G]) for groups [O, G, g]."""
+        start = _minmax(
+            groups, bits=self.bits, symmetric=self.symmetric, scale_dtype=self.scale_dtype
+        )
+        best = _Best(groups, weight, *start, levels=1 << self.bits)
+        for scale, zero in self._candidates(groups):
+            best.offer(scale, zero)
+        for _ in range(NUM_REFINEMENTS):
+            best.offer(_stored(best.least_squares_scale(), self.scale_dtype), best.zero)
+        return best.scale, best.zero
+
+    def _candidates(self, groups: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Shrunk ranges, widest first; asymmetric ones with the zero point one lower and higher."""
+        lowest = 0.35 if self.bits <= 4 else 0.8  # fine steps gain little from clipping
+        shrinks = torch.linspace(1.0, lowest, self.num_shrink).tolist()
+        if self.symmetric:
+            half = 1 << (self.bits - 1)
+            widest = groups.abs().amax(dim=-1) / (half - 1)
+            zero = torch.full_like(widest, half)
+            return [(_stored(widest * shrink, self.scale_dtype), zero) for shrink in shrinks]
+        top = (1 << self.bits) - 1
+        low = groups.amin(dim=-1).clamp(max=0)
+        span = groups.amax(dim=-1).clamp(min=0) / top - low / top
+        scales = [_stored(span * shrink, self.scale_dtype) for shrink in shrinks]
+        middles = [
+            torch.round(-low * shrink / scale)
+            for shrink, scale in zip(shrinks, scales, strict=True)
+        ]
+        return [
+            (scale, (middle + shift).clamp(0, top))
+            for scale, middle in zip(scales, middles, strict=True)
+            for shift in (0, -1, 1)
+        ]
+
+
+class _Best:
+    """The best grid seen so far for every group; its error never rises."""
+
+    def __init__(
+        self, groups: Tensor, weight: Tensor | None, scale: Tensor, zero: Tensor, *, levels: int
+    ) -> None:
+        self.groups, self.weight, self.levels = groups, weight, levels
+        self.scale, self.zero = scale, zero
+        self.error = self._error(scale, zero)
+
+    def offer(self, scale: Tensor, zero: Tensor) -> None:
+        """Take the candidate [O, G] wherever it is strictly better."""
+        error = self._error(scale, zero)
+        better = error < self.error
+        self.scale = torch.where(better, scale, self.scale)
+        self.zero = torch.where(better, zero, self.zero)
+        self.error = torch.where(better, error, self.error)
+
+    def least_squares_scale(self) -> Tensor:
+        """The real scale that is optimal for the present codes; the old one where undefined."""
+        centred = self._centred(self.scale, self.zero)
+        weighted = centred if self.weight is None else centred * self.weight
+        square = (weighted * centred).sum(dim=-1)
+        scale = (weighted * self.groups).sum(dim=-1) / square
+        return torch.where((square > 0) & (scale > 0), scale, self.scale)
+
+    def _centred(self, scale: Tensor, zero: Tensor) -> Tensor:
+        codes = _codes(self.groups, scale, zero, levels=self.levels)
+        return codes.sub_(zero.unsqueeze(-1))
+
+    def _error(self, scale: Tensor, zero: Tensor) -> Tensor:
+        difference = self._centred(scale, zero).mul_(scale.unsqueeze(-1)).sub_(self.groups)
+        square = difference.square_()
+        return (square if self.weight is None else square.mul_(self.weight)).sum(dim=-1)

@@ -1,0 +1,71 @@
+"""What calibration leaves behind: second moments of the inputs of one linear layer.
+
+    H = 1/n sum_t  x~_t x~_t^T               (the layer sees x~, made by the compressed prefix)
+    D = 1/n sum_t  (x_t - x~_t) x~_t^T       (x is what the original model would have given)
+
+H weighs rounding errors: the mean squared output error of dW is tr(dW H dW^T). D says how far the
+input has drifted (see ``asymmetric.py``). Both are divided by the number of tokens, so neither the
+batch size nor padding changes them.
+
+Products are exact enough in fp32 and are never accumulated in 16 bit. Only the diagonals are
+checked for NaN and infinity: H_jj = sum x~_j^2, D_jj = sum (x_j - x~_j) x~_j, so no bad value of a
+column j can stay out of them.
+
+# T tokens, I in
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compressor.algorithms.finite import require_finite
+
+
+class HessianAccumulator:
+    """Running sums of H and, if asked for, D over batches of calibration tokens.
+
+    columns: I, the number of inputs of the layer. Memory: 4 I^2 bytes, twice that with D.
+    """
+
+    def __init__(
+        self, columns: int, *, with_cross: bool, device: torch.device | str = "cpu"
+    ) -> None:
+        self.columns = columns
+        self.num_tokens = 0
+        self._hessian = torch.zeros(columns, columns, device=device)
+        self._cross = torch.zeros_like(self._hessian) if with_cross else None
+
+    def add(self, x_tilde: Tensor, x: Tensor | None = None, mask: Tensor | None = None) -> None:
+        """Count one batch: x_tilde and x [..., I] of the same shape, mask [...] True = real token.
+
+        x is required exactly when D is wanted. Raises NumericError NU01 at the first batch with a
+        non-finite input; the accumulator is then unusable.
+        """
+        if (x is None) != (self._cross is None):
+            raise ValueError("x belongs to an accumulator made with_cross, and only to it")
+        seen = self._rows(x_tilde, mask)
+        self._hessian.addmm_(seen.T, seen)
+        require_finite(self._hessian.diagonal(), "the inputs of a layer during calibration")
+        if x is not None and self._cross is not None:
+            drift = self._rows(x, mask) - seen
+            self._cross.addmm_(drift.T, seen)
+            require_finite(self._cross.diagonal(), "the original inputs of a layer")
+        self.num_tokens += seen.shape[0]
+
+    def hessian(self) -> Tensor:
+        """H [I, I] in fp32; all zero (every column dead) if no token was seen."""
+        return self._hessian / max(self.num_tokens, 1)
+
+    def cross(self) -> Tensor:
+        """D [I, I] in fp32; raises ValueError if the accumulator was made without it."""
+        if self._cross is None:
+            raise ValueError("this accumulator was made with with_cross=False")
+        return self._cross / max(self.num_tokens, 1)
+
+    def _rows(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Real tokens as fp32 rows [T, I] on the accumulator's device."""
+        rows = x.detach().reshape(-1, self.columns)
+        if mask is not None:
+            rows = rows[mask.reshape(-1).to(rows.device)]
+        return rows.to(self._hessian.device, torch.float32)
