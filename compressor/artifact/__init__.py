@@ -1,0 +1,1 @@
+"""What lies on disk: layer formats, packing, writing, reading back, verifying."""

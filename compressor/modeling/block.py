@@ -1,0 +1,163 @@
+"""One decoder block in memory: transformers' own module over stored linears.
+
+`load_block` fills a fresh meta block. `inputs_of` runs it and hands out what reaches chosen
+linears; which linears share an input is observed, not listed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from compressor.modeling.families import EXPERT
+from compressor.modeling.linears import StoredLinear, find_linears, packed_from_tensors
+from compressor.modeling.skeleton import Skeleton
+from compressor.modeling.state import BlockTensors
+
+
+class _Enough(Exception):
+    """Raised inside a forward pass when everything wanted has been seen."""
+
+
+@dataclass(slots=True)
+class Block:
+    """A block that runs, and its linears by block-relative name (in order of definition)."""
+
+    module: nn.Module
+    linears: dict[str, StoredLinear]
+    masked: frozenset[str]
+
+    def run(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        return self.module(hidden, **kwargs)  # type: ignore[no-any-return]
+
+
+def load_block(
+    skeleton: Skeleton, position: int, source: BlockTensors, *, dtype: torch.dtype = torch.float32
+) -> Block:
+    """Build block `position`; linears keep their stored dtype, the rest is cast to `dtype`."""
+    module = skeleton.new_block(position)
+    linears: dict[str, StoredLinear] = {}
+    for name, meta in find_linears(module).items():
+        linears[name] = _stored_linear(name, source, transposed=isinstance(meta, Conv1D))
+        parent, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(parent) if parent else module, leaf, linears[name])
+    rest = {n: source.tensors[n].to(dtype) for n in module.state_dict()}
+    module.load_state_dict(rest, assign=True)
+    module.requires_grad_(False)
+    return Block(module, linears, source.masked)
+
+
+def _stored_linear(name: str, source: BlockTensors, *, transposed: bool) -> StoredLinear:
+    bias = source.tensors.get(f"{name}.bias")
+    fmt = source.formats.get(name)
+    if fmt is None:
+        return StoredLinear(source.tensors[f"{name}.weight"], bias, transposed=transposed)
+    linear = StoredLinear(torch.empty(0), bias)
+    linear.set_packed(packed_from_tensors(source.tensors, name, fmt))
+    return linear
+
+
+def block_tensors(block: Block, source: BlockTensors) -> BlockTensors:
+    """What is to be stored for a block whose linears were changed; the rest as it was read."""
+    tensors: dict[str, Tensor] = {}
+    formats = {}
+    for name, linear in block.linears.items():
+        if linear.packed is not None:
+            parts = linear.packed.tensors.items()
+            tensors.update({f"{name}.{suffix}": t for suffix, t in parts})
+            formats[name] = linear.packed.format
+        else:
+            tensors[f"{name}.weight"] = linear.stored
+    weights = {f"{n}.weight" for n in block.linears}
+    stored = tuple(f"{n}.weight_" for n in block.linears)
+    rest = {n: t for n, t in source.tensors.items() if n not in weights and not n.startswith(stored)}
+    return BlockTensors({**rest, **tensors}, formats, block.masked)
+
+
+def input_phases(block: Block, hidden: Tensor, kwargs: dict[str, Any]) -> list[list[list[str]]]:
+    """Observe which linears share an input, and in which order inputs are reached.
+
+    Returns phases in order; a phase is a list of groups that can be calibrated in one pass; a group
+    is a list of linears with the very same input. Experts of one layer form two phases (gate and
+    up, then down). Linears that were not reached (experts without tokens) are grouped by name.
+    """
+    order: dict[tuple[int, int], list[str]] = {}
+    alive: list[Tensor] = []
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            alive.append(args[0])
+            order.setdefault((args[0].data_ptr(), args[0].numel()), []).append(name)
+
+        return hook
+
+    handles = [m.register_forward_pre_hook(note(n)) for n, m in block.linears.items()]
+    try:
+        with torch.no_grad():
+            block.run(hidden, kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    groups = list(order.values())
+    seen = {name for group in groups for name in group}
+    groups += _unreached([n for n in block.linears if n not in seen])
+    return _phases(groups)
+
+
+def _unreached(names: list[str]) -> list[list[str]]:
+    by_expert: dict[tuple[str, bool], list[str]] = {}
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        by_expert.setdefault((parent, "down" in leaf), []).append(name)
+    return list(by_expert.values())
+
+
+def _phases(groups: list[list[str]]) -> list[list[list[str]]]:
+    phases: list[list[list[str]]] = []
+    experts: dict[tuple[str, bool], list[list[str]]] = {}
+    for group in groups:
+        match = EXPERT.match(group[0])
+        if match is None:
+            phases.append([group])
+            continue
+        key = (match["experts"], "down" in match["leaf"])
+        if key not in experts:
+            experts[key] = []
+            phases.append(experts[key])
+        experts[key].append(group)
+    return phases
+
+
+@torch.no_grad()
+def inputs_of(
+    block: Block, names: list[str], hidden: Tensor, kwargs: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Run the block until every linear in `names` has been called; their inputs [..., I]."""
+    seen: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[name] = args[0]
+            if len(seen) == len(names):
+                raise _Enough
+
+        return hook
+
+    handles = [block.linears[n].register_forward_pre_hook(note(n)) for n in names]
+    try:
+        block.run(hidden, kwargs)
+    except _Enough:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+__all__ = ["Block", "block_tensors", "input_phases", "inputs_of", "load_block"]

@@ -1,0 +1,110 @@
+"""Linear layers as the walk sees them: weights kept as stored, computed in one dtype.
+
+A `StoredLinear` holds its weight as it lies on disk (for example bf16) or as codes and grid once it
+is quantized, and makes the dense fp32 matrix only for the moment of a product. So a block in memory
+costs its stored bytes, and a quantized layer computes with exactly the numbers that were stored.
+
+Legend: O out, I in, G groups.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from compressor.artifact.formats import LayerFormat
+from compressor.artifact.packing import PackedWeight, pack_weight, unpack_weight
+
+
+class StoredLinear(nn.Module):
+    """A linear layer over a stored weight: dense (any dtype) or quantized (codes and grid)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, transposed: bool = False) -> None:
+        """Wrap a weight.
+
+        Args:
+            weight: as on disk: [O, I], or [I, O] if `transposed` (GPT-2's Conv1D).
+            bias: [O] or None.
+        """
+        super().__init__()
+        self.stored = weight
+        self.bias = bias
+        self.transposed = transposed
+        self.packed: PackedWeight | None = None
+        self._codes: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[O, I], whatever the orientation on disk."""
+        if self.packed is not None:
+            return self.packed.shape
+        rows, columns = self.stored.shape
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    @property
+    def format(self) -> LayerFormat | None:
+        """The format of the stored codes; None while the weight is dense."""
+        return self.packed.format if self.packed is not None else None
+
+    def dense(self) -> Tensor:
+        """The weight fp32 [O, I] this layer computes with."""
+        if self.packed is not None and self._codes is not None:
+            return _expand(self._codes, self.packed.format.group_size)
+        weight = self.stored.t() if self.transposed else self.stored
+        return weight.float()
+
+    def set_dense(self, weight: Tensor) -> None:
+        """Replace the weight by a dense one [O, I], rounded to the dtype on disk."""
+        stored = weight.t().contiguous() if self.transposed else weight
+        self.stored = stored.to(self.stored.dtype)
+        self.packed, self._codes = None, None
+
+    def set_dense_exact(self, weight: Tensor) -> None:
+        """Replace the weight by fp32 [O, I] without rounding (trials that are never stored)."""
+        self.stored = weight.t().contiguous() if self.transposed else weight
+        self.packed, self._codes = None, None
+
+    def set_packed(self, packed: PackedWeight) -> None:
+        """Replace the weight by stored codes; from now on this layer computes with them."""
+        self.packed = packed
+        self._codes = unpack_weight(packed)
+        self.stored = self.stored.new_empty(0)
+
+    def set_codes(self, codes: Tensor, scale: Tensor, zero: Tensor, fmt: LayerFormat) -> None:
+        """Quantize: pack codes uint8 [O, I] and grid [O, G], then compute with what was packed."""
+        self.set_packed(pack_weight(codes, scale, zero, fmt))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] -> [..., O] in the dtype of x."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.dense().to(x.dtype), bias)
+
+
+def _expand(codes: tuple[Tensor, Tensor, Tensor], group_size: int) -> Tensor:
+    q, scale, zero = codes
+    rows, columns = q.shape
+    width = columns if group_size == -1 else group_size
+    if columns % width:
+        padded = scale.repeat_interleave(width, 1)[:, :columns]
+        return (q.float() - zero.repeat_interleave(width, 1)[:, :columns]) * padded
+    grouped = q.view(rows, -1, width).float() - zero.unsqueeze(-1)
+    return (grouped * scale.unsqueeze(-1)).view(rows, columns)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module of transformers' own class is a linear layer."""
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def find_linears(block: nn.Module) -> dict[str, nn.Module]:
+    """Block-relative names of all linear layers, in order of definition."""
+    return {name: m for name, m in block.named_modules() if is_linear(m)}
+
+
+def packed_from_tensors(tensors: dict[str, Tensor], linear: str, fmt: LayerFormat) -> PackedWeight:
+    """Pick one linear's stored tensors out of a block's."""
+    prefix = f"{linear}."
+    parts = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(f"{prefix}weight_")}
+    return PackedWeight(parts, fmt)
+

@@ -1,0 +1,152 @@
+"""A transformers model without weights, and what of it must be real to run one block at a time.
+
+The skeleton is built on the meta device from `config.json`. Its decoder blocks (the longest
+ModuleList) are replaced by stubs that either record what they are called with or hand back given
+activations. Running the skeleton then does everything around the blocks - embedding, masks, rotary
+tables, final norm, head - in transformers' own code, for every architecture.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+from compressor.errors import UnsupportedError
+from compressor.modeling.experts import split_experts
+
+
+class _Stub(nn.Module):
+    """Stands where a decoder block stood; attributes are those of the block."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        object.__setattr__(self, "_block", [block])
+        self.kwargs: dict[str, Any] = {}
+        self.seen: Tensor | None = None
+        self.replacement: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_block"][0], name)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.seen, self.kwargs = hidden, {**_named(self, args), **kwargs}
+        return hidden if self.replacement is None else self.replacement
+
+
+def _named(stub: _Stub, args: tuple[Any, ...]) -> dict[str, Any]:
+    names = stub._block[0].forward.__code__.co_varnames[2:]
+    return dict(zip(names, args, strict=False))
+
+
+class Skeleton:
+    """The model's structure: meta blocks, and an outer part that is filled and run."""
+
+    def __init__(self, model: PreTrainedModel, blocks_name: str) -> None:
+        self.model = model
+        self.blocks_name = blocks_name
+        self.blocks: list[nn.Module] = list(model.get_submodule(blocks_name))
+        self._stubs = nn.ModuleList(_Stub(block) for block in self.blocks)
+        parent, _, leaf = blocks_name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, self._stubs)
+
+    @property
+    def num_blocks(self) -> int:
+        """Decoder blocks."""
+        return len(self.blocks)
+
+    @property
+    def model_type(self) -> str:
+        """The architecture's name in transformers."""
+        return str(self.model.config.model_type)
+
+    def outer_names(self) -> list[str]:
+        """Names of the tensors outside of the blocks; a tied head is not among them."""
+        tied = tied_names(self.model)
+        return [n for n in self.model.state_dict() if n not in tied]
+
+    def fill_outer(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+        """Give embedding, final norm and head their weights, cast to the compute dtype."""
+        cast = {n: t.to(dtype) for n, t in tensors.items()}
+        self.model.load_state_dict(cast, strict=False, assign=True)
+        self.model.tie_weights()
+        self.model.eval()
+
+    def new_block(self, index: int) -> nn.Module:
+        """A fresh meta copy of block `index`."""
+        return copy.deepcopy(self.blocks[index]).eval()
+
+    @torch.no_grad()
+    def enter(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, list[dict[str, Any]]]:
+        """Embed tokens [B, T]: the input of the first block, and each block's keyword arguments."""
+        self._set_replacement(None)
+        self._run(tokens, mask)
+        first = self._first().seen
+        if first is None:
+            raise UnsupportedError(f"{self.model_type}: its blocks are not called", code="CK26")
+        return first, [dict(stub.kwargs) for stub in self._stubs]  # type: ignore[arg-type]
+
+    def leave(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Final norm and head: the last block's output [B, T, D] -> logits [B, T, V].
+
+        Differentiable with respect to `hidden`.
+        """
+        self._set_replacement(hidden)
+        logits: Tensor = self._run(tokens, None)
+        self._set_replacement(None)
+        return logits
+
+    def _run(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        out = self.model(input_ids=tokens, attention_mask=mask, use_cache=False)
+        return out.logits  # type: ignore[no-any-return]
+
+    def _first(self) -> _Stub:
+        return self._stubs[0]  # type: ignore[return-value]
+
+    def _set_replacement(self, hidden: Tensor | None) -> None:
+        for stub in self._stubs:
+            stub.replacement = hidden  # type: ignore[assignment]
+
+
+def tied_names(model: PreTrainedModel) -> set[str]:
+    """State names that only repeat another tensor (a tied head)."""
+    tied = getattr(model, "_tied_weights_keys", None)
+    shared = model.config.get_text_config().tie_word_embeddings
+    return set(tied) if tied and shared else set()
+
+
+def parse_config(config: dict[str, Any]) -> Any:
+    """transformers' configuration object for a `config.json` dict."""
+    model_type = config.get("model_type", "")
+    if model_type not in CONFIG_MAPPING:
+        raise UnsupportedError(f"unknown model_type {model_type!r}", code="CK26")
+    plain = {k: v for k, v in config.items() if k not in ("quantization_config", "dtype")}
+    return CONFIG_MAPPING[model_type].from_dict(plain)
+
+
+def empty_model(config: dict[str, Any]) -> PreTrainedModel:
+    """transformers' causal language model with every parameter on the meta device, fp32."""
+    parsed = parse_config(config)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            parsed, dtype=torch.float32, attn_implementation="sdpa"
+        )
+    return model.eval()
+
+
+def build_skeleton(config: dict[str, Any]) -> Skeleton:
+    """The skeleton of a `config.json` dict; experts are split into single linears."""
+    model = empty_model(config)
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    if not lists:
+        raise UnsupportedError(f"{config['model_type']}: no list of decoder blocks", code="CK26")
+    name = max(lists, key=lambda n: (len(lists[n]), -len(n)))
+    split_experts(model)
+    return Skeleton(model, name)

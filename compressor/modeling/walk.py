@@ -1,0 +1,133 @@
+"""Tokens through a model whose blocks are in memory one at a time.
+
+    walk = Walk(state, tokens, options)
+    stream = walk.open_stream("reference")        # embeddings of all rows
+    for position in range(walk.num_blocks):
+        block = walk.load(position)
+        walk.advance(stream, block, position)     # outputs overwrite inputs, batch by batch
+    walk.logits(stream, rows)                     # final norm and head
+
+What surrounds the blocks (embedding, masks, rotary tables, final norm, head) is transformers' own
+code, run on the skeleton.
+
+Legend: N rows, T tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.data import TokenRows
+from compressor.errors import NumericError, Where
+from compressor.modeling.activations import ActivationStore
+from compressor.modeling.block import Block, load_block
+from compressor.modeling.state import ModelState
+
+
+@dataclass(frozen=True, slots=True)
+class WalkOptions:
+    """How much to hold at once.
+
+    Args:
+        workdir: folder for memory-mapped activations.
+        tokens_per_batch: tokens in one micro-batch.
+        limit_bytes: activations larger than this live in a file.
+    """
+
+    workdir: Path
+    tokens_per_batch: int = 4096
+    limit_bytes: int = 512 << 20
+
+
+class Walk:
+    """A model's skeleton with its outer part filled, and the token rows that go through it."""
+
+    def __init__(self, state: ModelState, tokens: TokenRows, options: WalkOptions) -> None:
+        self.state = state
+        self.tokens = tokens.tokens
+        self.mask = None if bool(tokens.mask.all()) else tokens.mask
+        self.options = options
+        self.skeleton = state.skeleton()
+        self.skeleton.fill_outer(state.read_outer(self.skeleton), torch.float32)
+        self.rows_per_batch = max(1, options.tokens_per_batch // self.tokens.shape[1])
+        self._kwargs: dict[int, list[dict[str, Any]]] = {}
+
+    @property
+    def num_blocks(self) -> int:
+        """Decoder blocks of the model."""
+        return self.skeleton.num_blocks
+
+    def block_name(self, position: int) -> str:
+        """The module name of a block, e.g. "model.layers.3"."""
+        return f"{self.skeleton.blocks_name}.{position}"
+
+    def batches(self, rows: slice | None = None) -> Iterator[slice]:
+        """Row ranges of the micro-batches that cover `rows` (all by default)."""
+        chosen = rows or slice(0, self.tokens.shape[0])
+        for start in range(chosen.start, chosen.stop, self.rows_per_batch):
+            yield slice(start, min(start + self.rows_per_batch, chosen.stop))
+
+    def open_stream(self, name: str) -> ActivationStore:
+        """Embed all rows: the input of the first block."""
+        count, length = self.tokens.shape
+        store: ActivationStore | None = None
+        for rows in self.batches():
+            hidden, _ = self.skeleton.enter(self.tokens[rows], self._mask(rows))
+            if store is None:
+                shape = (count, length, hidden.shape[-1])
+                file = self.options.workdir / f"{name}.activations"
+                store = ActivationStore(shape, file=file, limit_bytes=self.options.limit_bytes)
+            store.write(rows, hidden.float())
+        assert store is not None, "token rows are never empty"
+        return store
+
+    def kwargs(self, rows: slice, position: int) -> dict[str, Any]:
+        """What transformers passes to block `position` besides the hidden states."""
+        if self.mask is not None:
+            return self.skeleton.enter(self.tokens[rows], self._mask(rows))[1][position]
+        count = rows.stop - rows.start
+        if count not in self._kwargs:
+            self._kwargs[count] = self.skeleton.enter(self.tokens[rows])[1]
+        return self._kwargs[count][position]
+
+    def load(self, position: int) -> Block:
+        """Read one block of the state and build it."""
+        return load_block(self.skeleton, position, self.state.read_block(position, self.skeleton))
+
+    @torch.no_grad()
+    def advance(self, stream: ActivationStore, block: Block, position: int) -> None:
+        """Replace the stream's rows by the block's outputs.
+
+        Raises:
+            NumericError: a non-finite output (NU01), naming block and row.
+        """
+        for rows in self.batches():
+            out = block.run(stream.read(rows), self.kwargs(rows, position))
+            self._check_finite(out, rows, position)
+            stream.write(rows, out)
+
+    @torch.no_grad()
+    def logits(self, stream: ActivationStore, rows: slice) -> Tensor:
+        """Logits [B, T, V] of some rows after the last block."""
+        return self.skeleton.leave(stream.read(rows), self.tokens[rows])
+
+    def _mask(self, rows: slice) -> Tensor | None:
+        return None if self.mask is None else self.mask[rows].long()
+
+    def _check_finite(self, out: Tensor, rows: slice, position: int) -> None:
+        if bool(torch.isfinite(out).all()):
+            return
+        row = rows.start + int((~torch.isfinite(out)).flatten(1).any(1).nonzero()[0])
+        raise NumericError(
+            f"activations are not finite after {self.block_name(position)} (calibration row {row})",
+            code="NU01",
+            where=Where(key=self.block_name(position)),
+            why="Units finished before this one are kept.",
+            fix="look at the weights of this block, or remove the row from the calibration data",
+        )

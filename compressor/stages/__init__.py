@@ -1,0 +1,1 @@
+"""Model in, model out: one `apply(config, context) -> StageReport` in each file."""

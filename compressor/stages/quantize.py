@@ -1,0 +1,185 @@
+"""Quantize: one scheme for all linears, or a mixture of formats within a budget.
+
+Block by block with one block in memory: load, collect statistics, solve, commit the unit, and feed
+what was *stored* to the next block. A resumed run replays the forward passes of finished blocks
+from their units and goes on, so it ends with the same bytes.
+
+With a budget, the mixture is chosen from measured sensitivities, materialised next to the best
+uniform format that fits, and the one with the lower KL divergence on held-out rows is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from compressor.errors import RecipeError
+from compressor.modeling.block import Block, block_tensors, load_block
+from compressor.modeling.state import BlockTensors, ModelState
+from compressor.modeling.walk import Walk
+from compressor.recipe import QuantizeConfig
+from compressor.stages.budget import Allocation, allocate_formats
+from compressor.stages.context import StageContext, StageReport
+from compressor.stages.measure import hidden_divergence
+from compressor.stages.selection import fallbacks, select, uniform_formats
+from compressor.stages.solve import (
+    BlockSolver,
+    Formats,
+    Streams,
+    calibration_rows,
+    round_to_nearest,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Materialised:
+    """A quantized model, the facts of its linears, and its KL on held-out rows (nats a token)."""
+
+    state: ModelState
+    linears: dict[str, Any]
+    held_out_kl: float | None
+
+
+def apply(config: QuantizeConfig, context: StageContext) -> StageReport:
+    """Quantize the linears that the recipe targets.
+
+    Raises:
+        RecipeError: patterns, groups or budget do not fit this model.
+        NumericError: non-finite weights or activations.
+    """
+    skeleton = context.state.skeleton()
+    selection = select(config, skeleton)
+    _check_dense(context.state, config)
+    notes: list[str] = []
+    uniform = uniform_formats(config, selection, context.state)
+    if config.budget is None:
+        notes += fallbacks(uniform, config.preset)
+        chosen = _materialise(config, context, uniform, "")
+        facts: dict[str, Any] = {"allocation": None}
+    else:
+        allocation = allocate_formats(config, context, selection)
+        notes += allocation.notes
+        chosen, facts = _better(config, context, allocation)
+    facts |= {"linears": chosen.linears, "held_out_kl": chosen.held_out_kl, "notes": notes}
+    facts |= {"matched": selection.matched, "protected": [t.name for t in selection.protected]}
+    return StageReport(replace(chosen.state, trail=(*context.state.trail, "quantize")), facts)
+
+
+def _check_dense(state: ModelState, config: QuantizeConfig) -> None:
+    if any(ref.meta.get("formats") for ref in state.blocks):
+        raise RecipeError(
+            "the model is quantized already",
+            code="RC17",
+            where=config.where("kind"),
+            fix="keep one quantize stage",
+        )
+
+
+def _better(
+    config: QuantizeConfig, context: StageContext, allocation: Allocation
+) -> tuple[Materialised, dict[str, Any]]:
+    """Materialise the mixture and the uniform alternative, keep the one with less held-out KL."""
+    mixed = _materialise(config, context, allocation.formats, "mixed-")
+    facts: dict[str, Any] = {"allocation": allocation.as_json()}
+    facts["measured"] = {"mixed": mixed.held_out_kl}
+    if allocation.uniform is None or mixed.held_out_kl is None:
+        return mixed, facts | {"kept": "mixed"}
+    uniform = _materialise(config, context, allocation.uniform, "uniform-")
+    facts["measured"]["uniform"] = uniform.held_out_kl
+    worse = uniform.held_out_kl is not None and uniform.held_out_kl < mixed.held_out_kl
+    return (uniform if worse else mixed), facts | {"kept": "uniform" if worse else "mixed"}
+
+
+def _materialise(
+    config: QuantizeConfig, context: StageContext, formats: Formats, tag: str
+) -> Materialised:
+    by_block = _by_block(formats, context.state)
+    if config.method == "rtn" or context.tokens is None:
+        return _materialise_rtn(config, context, by_block, tag)
+    return _materialise_gptq(config, context, by_block, tag)
+
+
+def _by_block(formats: Formats, state: ModelState) -> list[Formats]:
+    prefix = state.skeleton().blocks_name
+    return [
+        {
+            name.removeprefix(f"{prefix}.{i}."): fmt
+            for name, fmt in formats.items()
+            if name.startswith(f"{prefix}.{i}.")
+        }
+        for i in range(len(state.blocks))
+    ]
+
+
+def _materialise_rtn(
+    config: QuantizeConfig, context: StageContext, by_block: list[Formats], tag: str
+) -> Materialised:
+    state, facts = context.state, {}
+    skeleton = state.skeleton()
+    for position, formats in enumerate(by_block):
+        unit = f"{tag}block-{position:04d}"
+        if not context.run.is_done(unit):
+            source = state.read_block(position, skeleton)
+            block = load_block(skeleton, position, source)
+            found = round_to_nearest(block, formats, config)
+            _commit(context, unit, block_tensors(block, source), found)
+            del source, block
+        meta = context.run.meta(unit)
+        state = state.with_block(position, context.run.file(unit), meta)
+        facts |= _full_names(meta["facts"], skeleton.blocks_name, position)
+        context.run.progress({"unit": unit, "index": position + 1, "total": len(by_block)})
+    return Materialised(state, facts, None)
+
+
+def _materialise_gptq(
+    config: QuantizeConfig, context: StageContext, by_block: list[Formats], tag: str
+) -> Materialised:
+    assert context.tokens is not None, "checked by the caller"
+    walk = Walk(context.state, context.tokens, context.walk_options())
+    streams = Streams(walk.open_stream(f"{tag}reference"), walk.open_stream(f"{tag}compressed"))
+    rows = calibration_rows(walk)
+    solver = BlockSolver(walk, streams, config, rows)
+    state, facts = context.state, {}
+    for position, formats in enumerate(by_block):
+        unit = f"{tag}block-{position:04d}"
+        source = context.state.read_block(position, walk.skeleton)
+        original = load_block(walk.skeleton, position, source)
+        if not context.run.is_done(unit):
+            block = load_block(walk.skeleton, position, source)
+            found = solver.solve(position, original, block, formats)
+            _commit(context, unit, block_tensors(block, source), found)
+            del block
+        meta = context.run.meta(unit)
+        state = state.with_block(position, context.run.file(unit), meta)
+        _advance(walk, streams, position, original, state)
+        del source, original
+        facts |= _full_names(meta["facts"], walk.skeleton.blocks_name, position)
+        event = {"unit": unit, "index": position + 1, "total": len(by_block)}
+        context.run.progress(event | {"loss": _total_error(meta["facts"])})
+    kl = hidden_divergence(walk, streams, slice(rows.stop, walk.tokens.shape[0]))
+    streams.reference.close()
+    streams.compressed.close()
+    return Materialised(state, facts, kl)
+
+
+def _advance(
+    walk: Walk, streams: Streams, position: int, original: Block, state: ModelState
+) -> None:
+    walk.advance(streams.reference, original, position)
+    stored = state.read_block(position, walk.skeleton)
+    walk.advance(streams.compressed, load_block(walk.skeleton, position, stored), position)
+
+
+def _commit(
+    context: StageContext, unit: str, tensors: BlockTensors, facts: dict[str, Any]
+) -> None:
+    context.run.commit(unit, tensors.tensors, {**tensors.meta(), "facts": facts})
+
+
+def _full_names(facts: dict[str, Any], blocks_name: str, position: int) -> dict[str, Any]:
+    return {f"{blocks_name}.{position}.{linear}": value for linear, value in facts.items()}
+
+
+def _total_error(facts: dict[str, Any]) -> float:
+    return float(sum(f.get("error", 0.0) for f in facts.values()))
+

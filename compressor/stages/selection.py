@@ -1,0 +1,168 @@
+"""Which linear gets which format: patterns, protection, fused groups, groups that do not divide.
+
+Everything here works from names and shapes alone, so that a plan can be made before any weight is
+read. Full names are module names of the present model ("model.layers.3.mlp.down_proj").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from compressor.artifact.formats import GROUP_SIZES, LayerFormat, ScaleDtype, fits
+from compressor.errors import RecipeError, UnsupportedError, Where
+from compressor.modeling.families import format_unit
+from compressor.modeling.linears import find_linears
+from compressor.modeling.skeleton import Skeleton
+from compressor.modeling.state import ModelState
+from compressor.recipe import Preset, QuantizeConfig, match_names
+from transformers.pytorch_utils import Conv1D
+
+ALL_LINEARS = "linear"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A linear of a decoder block: full name, block position, block-relative name, [O, I]."""
+
+    name: str
+    position: int
+    linear: str
+    shape: tuple[int, int]
+
+    @property
+    def unit(self) -> str:
+        """Linears with the same unit must share a format."""
+        prefix = self.name[: len(self.name) - len(self.linear)]
+        return prefix + format_unit(self.linear)
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The linears to quantize, those kept dense on request, and what each pattern matched."""
+
+    targets: tuple[Target, ...]
+    protected: tuple[Target, ...]
+    matched: dict[str, list[str]]
+
+
+def block_linears(skeleton: Skeleton) -> list[Target]:
+    """All linears of all decoder blocks, in order."""
+    found = []
+    for position, block in enumerate(skeleton.blocks):
+        for linear, module in find_linears(block).items():
+            rows, columns = module.weight.shape
+            if isinstance(module, Conv1D):
+                rows, columns = columns, rows
+            name = f"{skeleton.blocks_name}.{position}.{linear}"
+            found.append(Target(name, position, linear, (int(rows), int(columns))))
+    return found
+
+
+def select(config: QuantizeConfig, skeleton: Skeleton) -> Selection:
+    """Apply targets, ignore and protect patterns.
+
+    Raises:
+        RecipeError: a pattern matches nothing (RC14), or protection splits a fused group (RC17).
+        UnsupportedError: the linears are GPT-2's Conv1D, for which no portable format exists.
+    """
+    linears = block_linears(skeleton)
+    by_name = {t.name: t for t in linears}
+    names = [*by_name, "lm_head"]
+    chosen = match_names(config.targets, names, where=config.where("targets"))
+    optional = () if config.where("ignore").line else tuple(config.ignore)
+    ignored = match_names(
+        config.ignore, names, where=config.where("ignore"), optional=(*optional, "lm_head")
+    )
+    kept = match_names(config.protect, names, where=config.where("protect"))
+    out = {n for found in (ignored, kept) for hits in found.values() for n in hits}
+    wanted = {n for hits in chosen.values() for n in hits}
+    targets = tuple(t for t in linears if t.name in wanted - out)
+    protected = tuple(t for t in linears if t.name not in wanted - out)
+    _check_fused(targets, protected, config.where("protect"))
+    _check_types(skeleton)
+    return Selection(targets, protected, {**chosen, **ignored, **kept})
+
+
+def _check_fused(
+    targets: tuple[Target, ...], protected: tuple[Target, ...], where: Where
+) -> None:
+    torn = {t.unit for t in targets} & {t.unit for t in protected}
+    if torn:
+        raise RecipeError(
+            f"engines fuse {sorted(torn)[0]}; one part of it is quantized and another is not",
+            code="RC17",
+            where=where,
+            fix="protect or ignore all parts of the fused group, or none",
+        )
+
+
+def _check_types(skeleton: Skeleton) -> None:
+    if any(isinstance(m, Conv1D) for m in find_linears(skeleton.blocks[0]).values()):
+        raise UnsupportedError(
+            f"{skeleton.model_type} uses Conv1D layers, which no packed checkpoint format covers",
+            code="CK26",
+            fix="convert the model to linear layers first; pruning and distillation do work",
+        )
+
+
+def layer_format(
+    preset: Preset, columns: int, *, scale_dtype: ScaleDtype, config: QuantizeConfig
+) -> LayerFormat:
+    """The format of a linear with `columns` inputs, at most as coarse as the preset's group.
+
+    A group size that does not divide the inputs falls back to the largest one that does (the stage
+    reports it), or is refused if the recipe says `indivisible: error`.
+    """
+    wanted = LayerFormat(preset.bits, preset.group_size, preset.symmetric, scale_dtype)
+    if fits(wanted, columns):
+        return wanted
+    if config.indivisible == "error":
+        raise RecipeError(
+            f"group_size {preset.group_size} does not divide {columns} inputs",
+            code="CK29",
+            where=config.where("group_size"),
+            fix="choose a smaller group_size, or -1 (one scale for each output channel)",
+        )
+    smaller = [g for g in GROUP_SIZES if 0 < g < preset.group_size and columns % g == 0]
+    group = max(smaller, default=-1)
+    return LayerFormat(preset.bits, group, preset.symmetric, scale_dtype)
+
+
+def scale_dtype(config: QuantizeConfig, model_dtype: str) -> ScaleDtype:
+    """The dtype of stored scales; "auto" is that of the checkpoint."""
+    if config.scale_dtype != "auto":
+        return config.scale_dtype
+    known: dict[str, ScaleDtype] = {"BF16": "bfloat16", "F16": "float16"}
+    return known.get(model_dtype, "float32")
+
+
+def fallbacks(formats: dict[str, LayerFormat], preset: Preset) -> list[str]:
+    """One line for each group size that had to be replaced."""
+    changed: dict[int, int] = {}
+    for fmt in formats.values():
+        if fmt.group_size != preset.group_size:
+            changed[fmt.group_size] = changed.get(fmt.group_size, 0) + 1
+    return [
+        f"group_size {preset.group_size} does not divide the inputs of {count} linears: "
+        + (f"they use {group}" if group > 0 else "they use one scale for each output channel")
+        for group, count in changed.items()
+    ]
+
+
+def uniform_formats(
+    config: QuantizeConfig, selection: Selection, state: ModelState
+) -> dict[str, LayerFormat]:
+    """The preset's format for every target, by full name."""
+    dtype = scale_dtype(config, stored_dtype(state))
+    return {
+        t.name: layer_format(config.preset, t.shape[1], scale_dtype=dtype, config=config)
+        for t in selection.targets
+    }
+
+
+def stored_dtype(state: ModelState) -> str:
+    """The dtype most of the checkpoint's bytes are in, by its safetensors name ("BF16")."""
+    bytes_of: dict[str, int] = {}
+    for info in state.checkpoint.tensors.values():
+        bytes_of[info.dtype_name] = bytes_of.get(info.dtype_name, 0) + info.nbytes
+    return max(bytes_of, key=lambda name: bytes_of[name])

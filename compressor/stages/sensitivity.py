@@ -1,0 +1,265 @@
+"""How much each unit of linears minds each format: swap-in KL and output Fisher.
+
+Both use the error of the quantizer that is shipped: GPTQ on the Hessian of the original stream.
+
+* swap-in KL: put one unit in one format, everything else original, and measure KL(original ||
+  swapped) at the logits. Only the blocks after the swap run again, and all variants of a block
+  share each load of a later block. The most faithful score, in nats a token.
+* output Fisher (as in ModelOpt's AutoQuantize): sum over tokens and outputs of (g_k dy_k)^2 with
+  dy = dW x and g the gradient of the log-likelihood of tokens drawn from the model itself. One
+  backward walk serves all units and formats; its scale is fitted to a few swap-in values.
+
+Legend: R rows, T tokens, D width, V variants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.algorithms.divergence import kl_tokens
+from compressor.algorithms.gptq import gptq
+from compressor.algorithms.hessian import HessianAccumulator
+from compressor.artifact.formats import LayerFormat
+from compressor.modeling.activations import ActivationStore
+from compressor.modeling.block import Block, input_phases, inputs_of, load_block
+from compressor.modeling.state import BlockTensors
+from compressor.modeling.walk import Walk
+from compressor.recipe import QuantizeConfig
+from compressor.stages.context import StageContext
+from compressor.stages.solve import calibration_rows, make_grid
+
+Scores = dict[str, dict[str, float]]
+SCORING_ROWS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class UnitOption:
+    """One unit in one candidate format: formats of its linears by block-relative name."""
+
+    unit: str
+    label: str
+    position: int
+    formats: dict[str, LayerFormat]
+
+
+def swap_in_scores(
+    config: QuantizeConfig, context: StageContext, options: list[UnitOption]
+) -> Scores:
+    """KL in nats a token for each unit and label; journaled block by block."""
+    assert context.tokens is not None, "scores need calibration rows"
+    walk = Walk(context.state, context.tokens, context.walk_options())
+    rows = _scoring_rows(walk)
+    final = walk.open_stream("final")
+    for position in range(walk.num_blocks):
+        walk.advance(final, walk.load(position), position)
+    stream = walk.open_stream("swap")
+    scores: Scores = {}
+    for position in range(walk.num_blocks):
+        mine = [o for o in options if o.position == position]
+        unit = f"swap-in-{position:04d}"
+        source = walk.state.read_block(position, walk.skeleton)
+        if not context.run.is_done(unit):
+            found = _swap_block(walk, _Swap(position, source, stream, final, rows), mine, config)
+            context.run.commit_meta(unit, {"scores": found})
+        _merge(scores, context.run.meta(unit)["scores"])
+        walk.advance(stream, load_block(walk.skeleton, position, source), position)
+        context.run.progress({"unit": unit, "index": position + 1, "total": walk.num_blocks})
+    return scores
+
+
+@dataclass(frozen=True, slots=True)
+class _Swap:
+    position: int
+    source: BlockTensors
+    stream: ActivationStore
+    final: ActivationStore
+    rows: slice
+
+
+def _swap_block(
+    walk: Walk, swap: _Swap, options: list[UnitOption], config: QuantizeConfig
+) -> Scores:
+    if not options:
+        return {}
+    original = load_block(walk.skeleton, swap.position, swap.source)
+    hessians = _hessians(walk, original, swap)
+    variants: list[Tensor] = []
+    for option in options:
+        block = load_block(walk.skeleton, swap.position, swap.source)
+        for name, fmt in option.formats.items():
+            block.linears[name].set_dense_exact(
+                _rounded(original.linears[name].dense(), hessians[name], fmt, config)
+            )
+        variants.append(_run_rows(walk, block, swap.position, swap.stream.read(swap.rows)))
+    for position in range(swap.position + 1, walk.num_blocks):
+        block = walk.load(position)
+        variants = [_run_rows(walk, block, position, v) for v in variants]
+    scores: Scores = {}
+    for option, hidden in zip(options, variants, strict=True):
+        kl = _divergence(walk, swap, hidden)
+        scores.setdefault(option.unit, {})[option.label] = kl
+    return scores
+
+
+def _rounded(weight: Tensor, hessian: Tensor, fmt: LayerFormat, config: QuantizeConfig) -> Tensor:
+    """The weight after rounding to `fmt`, fp32 [O, I]."""
+    from compressor.algorithms.grid import dequantize, quantize
+
+    grid = make_grid(weight, fmt, config.grid)
+    if config.method == "rtn":
+        return dequantize(quantize(weight, grid), grid)
+    return dequantize(gptq(weight, hessian, grid=grid, dampening=config.dampening).codes, grid)
+
+
+@torch.no_grad()
+def _hessians(walk: Walk, block: Block, swap: _Swap) -> dict[str, Tensor]:
+    """H of every linear of a block on the original stream, over the calibration rows."""
+    batches = list(walk.batches(calibration_rows(walk)))
+    first = batches[0]
+    kwargs = walk.kwargs(first, swap.position)
+    groups = [g for p in input_phases(block, swap.stream.read(first), kwargs) for g in p]
+    heads = [g[0] for g in groups]
+    sums = {
+        n: HessianAccumulator(block.linears[n].shape[1], with_cross=False, device="cpu")
+        for n in heads
+    }
+    for rows in batches:
+        seen = inputs_of(block, heads, swap.stream.read(rows), walk.kwargs(rows, swap.position))
+        for name, x in seen.items():
+            sums[name].add(x.reshape(-1, x.shape[-1]).float(), None, None)
+    return {n: _mean(sums[g[0]], block.linears[g[0]].shape[1]) for g in groups for n in g}
+
+
+def _mean(total: HessianAccumulator, columns: int) -> Tensor:
+    return total.hessian() if total.num_tokens else torch.eye(columns)
+
+
+@torch.no_grad()
+def _run_rows(walk: Walk, block: Block, position: int, hidden: Tensor) -> Tensor:
+    """Run rows [R, T, D] (the first of the walk) through a block in micro-batches."""
+    parts = walk.batches(slice(0, hidden.shape[0]))
+    return torch.cat([block.run(hidden[r], walk.kwargs(r, position)) for r in parts])
+
+
+@torch.no_grad()
+def _divergence(walk: Walk, swap: _Swap, hidden: Tensor) -> float:
+    total, count = 0.0, 0
+    for rows in walk.batches(swap.rows):
+        swapped = walk.skeleton.leave(hidden[rows], walk.tokens[rows])
+        kl = kl_tokens(walk.logits(swap.final, rows), swapped)
+        total, count = total + float(kl.double().sum()), count + kl.numel()
+    return total / count
+
+
+def fisher_scores(
+    config: QuantizeConfig, context: StageContext, options: list[UnitOption]
+) -> Scores:
+    """Output-Fisher scores (mean over tokens, arbitrary scale) for each unit and label."""
+    assert context.tokens is not None, "scores need calibration rows"
+    walk = Walk(context.state, context.tokens, context.walk_options())
+    rows = _scoring_rows(walk)
+    inputs = _block_inputs(walk, rows)
+    gradient = _head_gradient(walk, inputs.pop(), rows, context.seed)
+    scores: Scores = {}
+    for position in reversed(range(walk.num_blocks)):
+        block = walk.load(position)
+        mine = [o for o in options if o.position == position]
+        gradient, seen = _backward(walk, block, position, (inputs.pop(), gradient))
+        _merge(scores, _fisher_block(block, seen, mine, config))
+        index = walk.num_blocks - position
+        event = {"unit": f"fisher-{position:04d}", "index": index, "total": walk.num_blocks}
+        context.run.progress(event)
+    return scores
+
+
+@torch.no_grad()
+def _block_inputs(walk: Walk, rows: slice) -> list[Tensor]:
+    """Inputs [R, T, D] of every block, and the last one's output, for the scoring rows."""
+    hidden = walk.open_stream("fisher").read(rows)
+    inputs = [hidden]
+    for position in range(walk.num_blocks):
+        hidden = _run_rows(walk, walk.load(position), position, hidden)
+        inputs.append(hidden)
+    return inputs
+
+
+def _head_gradient(walk: Walk, hidden: Tensor, rows: slice, seed: int) -> Tensor:
+    """Gradient [R, T, D] of the log-likelihood of tokens drawn from the model's own output."""
+    generator = torch.Generator().manual_seed(seed)
+    gradients = []
+    for part in walk.batches(rows):
+        leaf = hidden[part].detach().requires_grad_()
+        logp = torch.log_softmax(walk.skeleton.leave(leaf, walk.tokens[part]).float(), -1)
+        flat = logp.detach().exp().flatten(0, 1)
+        drawn = torch.multinomial(flat, 1, generator=generator).view(*logp.shape[:2], 1)
+        (gradient,) = torch.autograd.grad(logp.gather(-1, drawn).sum(), leaf)
+        gradients.append(gradient)
+    return torch.cat(gradients)
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What one linear saw: inputs [n, I] and gradients at its outputs [n, O], in batches."""
+
+    inputs: list[Tensor]
+    gradients: list[Tensor]
+
+
+def _backward(
+    walk: Walk, block: Block, position: int, at: tuple[Tensor, Tensor]
+) -> tuple[Tensor, dict[str, _Seen]]:
+    """Push the gradient at a block's output [R, T, D] to its input, noting it at every linear."""
+    hidden, gradient = at
+    seen = {name: _Seen([], []) for name in block.linears}
+    handles = [m.register_forward_hook(_note(seen[n])) for n, m in block.linears.items()]
+    parts = []
+    for rows in walk.batches(slice(0, hidden.shape[0])):
+        leaf = hidden[rows].detach().requires_grad_()
+        with torch.enable_grad():
+            out = block.run(leaf, walk.kwargs(rows, position))
+        (part,) = torch.autograd.grad(out, leaf, gradient[rows])
+        parts.append(part)
+    for handle in handles:
+        handle.remove()
+    return torch.cat(parts), seen
+
+
+def _note(seen: _Seen) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+        seen.inputs.append(args[0].detach().reshape(-1, args[0].shape[-1]))
+        out.register_hook(lambda g: seen.gradients.append(g.reshape(-1, g.shape[-1])))
+
+    return hook
+
+
+def _fisher_block(
+    block: Block, seen: dict[str, _Seen], options: list[UnitOption], config: QuantizeConfig
+) -> Scores:
+    scores: Scores = {}
+    inputs = {n: torch.cat(s.inputs) for n, s in seen.items() if s.inputs}
+    gradients = {n: torch.cat(s.gradients) for n, s in seen.items() if s.gradients}
+    for option in options:
+        total = 0.0
+        for name, fmt in option.formats.items():
+            if name not in gradients:
+                continue
+            x, weight = inputs[name], block.linears[name].dense()
+            delta = _rounded(weight, x.t() @ x / x.shape[0], fmt, config) - weight
+            total += float(((x @ delta.t()) * gradients[name]).square().double().sum())
+        tokens = max((len(x) for x in inputs.values()), default=1)
+        scores.setdefault(option.unit, {})[option.label] = total / tokens
+    return scores
+
+
+def _scoring_rows(walk: Walk) -> slice:
+    return slice(0, min(SCORING_ROWS, calibration_rows(walk).stop))
+
+
+def _merge(into: Scores, more: dict[str, Any]) -> None:
+    for unit, row in more.items():
+        into.setdefault(unit, {}).update(row)
