@@ -1,0 +1,255 @@
+"""Paged attention for transformers' own model classes, through `AttentionInterface`.
+
+The model code stays unmodified: it calls the registered function with queries, keys and values of
+one flat row of tokens (many sequences side by side), and what to do with them stands in the active
+`Attend` object, held by a context variable for the time of one forward pass. So two engines, in
+one thread or in two, never see each other's state.
+
+    # T tokens in the flat row, D of them decode (one token of a sequence), H query heads,
+    # K key-value heads, R = H / K, E head size, L longest context, S slots of the pool
+
+    out = softmax(scale * q k^T [tanh soft cap] [+ sink column]) v
+          over keys with  position <= query's position  and, in sliding-window layers,
+          position > query's position - window
+
+The pool is `[S + 1, K, E]` per layer; slot `block * block_size + offset`. The last slot stays zero:
+padding points there, so that no request can read another one's numbers (0 * NaN is NaN).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compressor.errors import UnsupportedError
+
+IMPLEMENTATION = "compressor_paged"
+_IGNORED = {"dropout", "is_causal", "output_attentions", "position_ids", "use_cache"}
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How one layer attends."""
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None  # [H]
+
+
+class Attend(Protocol):
+    """What the registered function hands its tensors to."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor: ...
+
+
+_ACTIVE: ContextVar[Attend] = ContextVar("compressor_paged_attention")
+
+
+@contextmanager
+def active(attend: Attend) -> Iterator[None]:
+    """Use `attend` for all attention layers inside the `with` block, in this thread."""
+    token = _ACTIVE.set(attend)
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
+
+
+def paged_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """The function transformers calls: q [1, H, T, E], k and v [1, K, T, E] -> [1, T, H, E]."""
+    layer = getattr(module, "layer_idx", None)
+    scale = kwargs.pop("scaling", None)
+    rule = Rule(
+        scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
+        window=kwargs.pop("sliding_window", None),
+        softcap=kwargs.pop("softcap", None),
+        sinks=kwargs.pop("s_aux", None),
+    )
+    unknown = [n for n, v in kwargs.items() if isinstance(v, Tensor) and n not in _IGNORED]
+    if layer is None or attention_mask is not None or unknown:
+        reason = f"passes {', '.join(unknown) or 'a mask of its own or no layer index'}"
+        raise UnsupportedError(f"attention of {type(module).__name__} {reason}", code="SV33")
+    return _ACTIVE.get().attend(int(layer), query, key, value, rule), None
+
+
+def register() -> None:
+    """Tell transformers about `IMPLEMENTATION` (harmless to repeat)."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(IMPLEMENTATION, paged_attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, no_mask)
+
+
+def no_mask(*_args: Any, **_kwargs: Any) -> None:
+    """The mask function that goes with it: masks follow from the block tables."""
+
+
+def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule) -> Tensor:
+    """Attention with grouped heads: q [B, K, R, M, E], k, v [B, K, L, E], mask [B or 1, M, L].
+
+    Returns [B, K, R, M, E of v].
+    """
+    batch, kv_heads, group, num_queries, _ = q.shape
+    if rule.softcap is None and rule.sinks is None:
+        rows = q.reshape(batch, kv_heads, group * num_queries, -1)
+        tiled = mask.unsqueeze(1).expand(-1, group, -1, -1).flatten(1, 2).unsqueeze(1)
+        out = F.scaled_dot_product_attention(rows, k, v, attn_mask=tiled, scale=rule.scale)
+        return out.reshape(batch, kv_heads, group, num_queries, -1)
+    scores = (q @ k.unsqueeze(2).transpose(-1, -2)) * rule.scale
+    if rule.softcap is not None:
+        scores = torch.tanh(scores / rule.softcap) * rule.softcap
+    scores = scores.masked_fill(~mask[:, None, None], float("-inf"))
+    if rule.sinks is not None:
+        sink = rule.sinks.reshape(1, kv_heads, group, 1, 1).expand(batch, -1, -1, num_queries, 1)
+        scores = torch.cat([scores, sink.to(scores.dtype)], dim=-1)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype)[..., : k.shape[-2]]
+    return weights @ v.unsqueeze(2)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """Sizes of one layer's keys and values."""
+
+    kv_heads: int
+    key_size: int
+    value_size: int
+
+    @property
+    def elements(self) -> int:
+        """Numbers stored per token."""
+        return self.kv_heads * (self.key_size + self.value_size)
+
+
+@dataclass(slots=True)
+class Probe:
+    """Plain causal attention over one sequence that notes what each layer is like."""
+
+    shapes: dict[int, LayerShape] = field(default_factory=dict)
+    windows: dict[int, int | None] = field(default_factory=dict)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+        if layer in self.shapes:
+            raise UnsupportedError(f"attention layer {layer} runs twice in one pass", code="SV33")
+        self.shapes[layer] = LayerShape(k.shape[1], k.shape[3], v.shape[3])
+        self.windows[layer] = rule.window
+        positions = torch.arange(q.shape[2], device=q.device)
+        mask = visible(positions, positions, rule.window).unsqueeze(0)
+        return _chunk(q[0], k[0], v[0], mask, rule).unsqueeze(0)
+
+
+def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """Bool [len(queries), len(keys)]: may this query position see this key position?"""
+    distance = queries[:, None] - keys[None, :]
+    mask = distance >= 0
+    return mask if window is None else mask & (distance < window)
+
+
+class KVCache:
+    """The pool's tensors: per layer keys and values of every slot.
+
+    Args:
+        shapes: sizes per layer index.
+        num_slots: blocks times block size.
+    """
+
+    def __init__(
+        self,
+        shapes: dict[int, LayerShape],
+        num_slots: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.null_slot = num_slots
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+        for layer, shape in shapes.items():
+            size = (num_slots + 1, shape.kv_heads)
+            self.keys[layer] = torch.zeros(*size, shape.key_size, dtype=dtype, device=device)
+            self.values[layer] = torch.zeros(*size, shape.value_size, dtype=dtype, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for pool in (self.keys, self.values) for t in pool.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive tokens of one sequence: `count` queries at the end of the context `slots`."""
+
+    row: int
+    count: int
+    slots: Tensor  # int64 [L], the slots of positions 0 .. L-1
+
+
+@dataclass(slots=True)
+class PagedBatch:
+    """One flat row of tokens over the pool: first D decode tokens, then prefill chunks.
+
+    Attributes:
+        slots: int64 [T], where the keys and values of each token go.
+        decode_slots: int64 [D, L], the contexts of the decode tokens, padded with the null slot.
+        decode_lengths: int64 [D], the lengths of those contexts.
+    """
+
+    cache: KVCache
+    slots: Tensor
+    decode_slots: Tensor
+    decode_lengths: Tensor
+    chunks: list[Chunk]
+    _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys.index_copy_(0, self.slots, k[0].transpose(0, 1).to(keys.dtype))
+        values.index_copy_(0, self.slots, v[0].transpose(0, 1).to(values.dtype))
+        parts = []
+        if self.decode_slots.shape[0]:
+            parts.append(self._decode(q[0], keys, values, rule))
+        for index, chunk in enumerate(self.chunks):
+            rows = q[0, :, chunk.row : chunk.row + chunk.count]
+            context = keys[chunk.slots].transpose(0, 1), values[chunk.slots].transpose(0, 1)
+            parts.append(_chunk(rows, *context, self._chunk_mask(index, chunk, rule), rule))
+        return torch.cat(parts).unsqueeze(0)
+
+    def _decode(self, q: Tensor, keys: Tensor, values: Tensor, rule: Rule) -> Tensor:
+        num_decodes = self.decode_slots.shape[0]
+        k = keys[self.decode_slots].transpose(1, 2)
+        v = values[self.decode_slots].transpose(1, 2)
+        heads = q[:, :num_decodes].transpose(0, 1)  # [D, H, E]
+        grouped = heads.reshape(num_decodes, k.shape[1], -1, 1, heads.shape[-1])
+        out = attend_masked(grouped, k, v, self._decode_mask(rule), rule)
+        return out.reshape(num_decodes, heads.shape[1], -1)
+
+    def _decode_mask(self, rule: Rule) -> Tensor:
+        key = (-1, rule.window)
+        if key not in self._masks:
+            positions = torch.arange(self.decode_slots.shape[1], device=self.slots.device)
+            mask = visible(self.decode_lengths - 1, positions, rule.window)
+            self._masks[key] = mask.unsqueeze(1)
+        return self._masks[key]
+
+    def _chunk_mask(self, index: int, chunk: Chunk, rule: Rule) -> Tensor:
+        key = (index, rule.window)
+        if key not in self._masks:
+            positions = torch.arange(chunk.slots.shape[0], device=self.slots.device)
+            self._masks[key] = visible(positions[-chunk.count :], positions, rule.window)[None]
+        return self._masks[key]
+
+
+def _chunk(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule) -> Tensor:
+    """One sequence's queries [H, n, E] over its context [K, L, E] -> [n, H, E of v]."""
+    heads, count, _ = q.shape
+    grouped = q.reshape(1, k.shape[0], heads // k.shape[0], count, -1)
+    out = attend_masked(grouped, k[None], v[None], mask, rule)
+    return out.reshape(heads, count, -1).transpose(0, 1)
