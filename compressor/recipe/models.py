@@ -147,6 +147,9 @@ class QuantizeConfig(Part):
     true_sequential: bool = True
     dampening: Annotated[float, Field(gt=0.0, le=1.0)] = 0.01
     grid: Literal["minmax", "mse"] = "mse"
+    indivisible: Literal["smaller_group", "error"] = Field(
+        default="smaller_group", description="when group_size does not divide a layer's inputs"
+    )
     scale_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     budget: Budget | None = None
     candidates: Annotated[list[Candidate], Field(min_length=1)] = [
