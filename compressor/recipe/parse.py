@@ -187,7 +187,7 @@ def _limits(model: type[BaseModel] | None, path: Path) -> str:
     words = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
     items = [*_metadata(model.model_fields[str(path[-1])])]
     found = [(words[k], getattr(i, k)) for i in items for k in words if hasattr(i, k)]
-    return ", ".join(f"{word} {limit:g}" for word, limit in found)
+    return ", ".join(f"{word} {limit:g}" for word, limit in dict.fromkeys(found))
 
 
 def _metadata(annotation: Any) -> list[Any]:
