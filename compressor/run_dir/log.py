@@ -12,8 +12,6 @@ from compressor.run_dir.files import resource_error
 _SECRET = re.compile(
     r"\b(hf_|sk-|ghp_)[A-Za-z0-9_-]{16,}|(?i:(?<=bearer ))[A-Za-z0-9._~+/-]{16,}=*"
 )
-    r"\b(hf_|sk-|ghp_)[A-Za-z0-9_-]{16,}|(?i:(?<=bearer ))[A-Za-z0-9._~+/-]{16,}=*"
-)
 
 
 def redact(text: str) -> str:
