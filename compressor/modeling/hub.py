@@ -24,6 +24,7 @@ WANTED = (
     "merges.txt",
     "vocab.txt",
 )
+TRANSPORT = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3")
 UNWANTED = ("original/*", "onnx/*", "openvino/*", "*consolidated*")
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_-])?"
 HUB_ID = re.compile(rf"{_PART}(?:/{_PART})?")
@@ -39,13 +40,17 @@ class ResolvedModel:
 
 
 def resolve_model(
-    path_or_id: str | os.PathLike[str], *, revision: str | None = None
+    path_or_id: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> ResolvedModel:
     """Find or fetch a model.
 
     Args:
         path_or_id: "reference", "reference-draft", a folder, or a hub id such as "org/name".
         revision: branch, tag or commit on the hub; not for folders.
+        trust_remote_code: fetch the repository's Python files too.
 
     Raises:
         CheckpointError: neither a folder nor a possible hub id (CK32).
@@ -67,10 +72,10 @@ def resolve_model(
             why="A model is a folder in Hugging Face's layout.",
             fix="give a folder, a hub id such as org/name, or: reference",
         )
-    return _fetch(name, revision)
+    return _fetch(name, revision, (*WANTED, "*.py") if trust_remote_code else WANTED)
 
 
-def _fetch(name: str, revision: str | None) -> ResolvedModel:
+def _fetch(name: str, revision: str | None, wanted: tuple[str, ...]) -> ResolvedModel:
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -80,7 +85,7 @@ def _fetch(name: str, revision: str | None) -> ResolvedModel:
             huggingface_hub.snapshot_download(
                 name,
                 revision=revision,
-                allow_patterns=list(WANTED),
+                allow_patterns=list(wanted),
                 ignore_patterns=list(UNWANTED),
                 local_files_only=offline,
             )
@@ -99,8 +104,8 @@ def _fetch(name: str, revision: str | None) -> ResolvedModel:
 
 
 def _is_transport(error: Exception) -> bool:
-    """Whether an error comes from the HTTP library below the hub's client."""
-    return type(error).__module__.partition(".")[0] in ("httpx", "httpcore", "requests", "urllib3")
+    """Whether an error comes from the hub's client or the HTTP library below it."""
+    return type(error).__module__.partition(".")[0] in TRANSPORT
 
 
 def _has_weights(path: Path) -> bool:
