@@ -101,9 +101,9 @@ def planes_linear(
     compute = x.dtype if x.dtype == torch.bfloat16 and has_fast_bf16() else torch.float32
     x_wide = x.to(compute)
     y = torch.empty((x.shape[0], out_features), dtype=compute, device=x.device)
-    step = max(16, CHUNK_ELEMENTS // columns)
+    step = max(16, CHUNK_ELEMENTS // columns) if x.device.type == "cpu" else out_features
     for start in range(0, out_features, step):
-        rows = slice(start, min(start + step, out_features))
+        rows = slice(start, start + step)
         weight = dequantize_rows(resident, rows, bits=bits, group_size=group_size, columns=columns)
         y[:, rows] = F.linear(x_wide, weight.to(compute))
     return y.to(x.dtype)

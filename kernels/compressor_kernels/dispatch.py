@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from compressor_kernels import cpu
+from compressor_kernels.dequant_gemm import MAGIC, dequant_gemm
+from compressor_kernels.layout import GROUP_SIZES, PlanarWeight, from_planar, to_planar
 from compressor_kernels.planes import to_planes
 from compressor_kernels.reference import dequant_gemm as reference_gemm
-from compressor_kernels.reference import dequantize_checkpoint, read_checkpoint
+from compressor_kernels.reference import dequantize, dequantize_checkpoint, read_checkpoint
 
 Tensors = dict[str, Tensor]
 
@@ -30,14 +32,15 @@ Tensors = dict[str, Tensor]
 class LinearSpec:
     """Format of one linear: w [O, I] at `bits`, one scale per `group_size` columns (-1: per row).
 
-    `dtype` is the dtype of the activations the layer will mostly see; apply() takes any.
+    `dtype` is the dtype of the activations the layer will mostly see; apply() takes any. None means
+    float32 on the CPU and a 16-bit type elsewhere.
     """
 
     bits: int
     group_size: int
     symmetric: bool
     shape: tuple[int, int]
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -108,7 +111,12 @@ def plan_linear(
     symmetric: bool,
     shape: tuple[int, int],
 ) -> LinearPlan:
-    """Plan for float32 or mixed activations; see `plan_for` to name their dtype."""
+    """Plan for the usual activations of the device; `plan_for` takes a spec that names their dtype.
+
+    On a CPU, float32 activations are computed exactly at every number of rows. Naming bf16 lets
+    torch's packed products serve small batches, which is several times faster and rounds as a bf16
+    model does.
+    """
     return plan_for(device, LinearSpec(bits, group_size, symmetric, shape))
 
 
@@ -122,7 +130,7 @@ def plan_for(device: torch.device | str, spec: LinearSpec) -> LinearPlan:
 def choose(device: torch.device, spec: LinearSpec) -> tuple[str, str]:
     """(name in `WAYS`, why)."""
     if device.type != "cpu":
-        return "planes", f"{spec.bits} bits on {device.type}: no kernel, dequantized at each call"
+        return _choose_gpu(device, spec)
     capability = torch.backends.cpu.get_cpu_capability()
     if spec.dtype != torch.bfloat16:
         return "planes", "activations are not bf16: exact float32 dequantization at each call"
@@ -133,6 +141,13 @@ def choose(device: torch.device, spec: LinearSpec) -> tuple[str, str]:
         if known and cpu.int4_order_is_known():
             return "cpu-int4", f"{capability}: torch's int4 product up to {cpu.SMALL_ROWS} rows"
     return "planes", f"no packed product for this format on {capability}: dequantized at each call"
+
+
+def _choose_gpu(device: torch.device, spec: LinearSpec) -> tuple[str, str]:
+    fits = spec.bits == 4 and spec.group_size in GROUP_SIZES and spec.dtype != torch.float32
+    if device.type == "cuda" and fits:
+        return "triton", "4-bit groups on a GPU: the dequant_gemm kernel"
+    return "planes", f"{spec.bits} bits on {device.type}: no kernel, dequantized at each call"
 
 
 # ------------------------------------------------------------------ the ways
@@ -147,6 +162,23 @@ def _prepare_planes(spec: LinearSpec, tensors: Tensors) -> Tensors:
 def _apply_planes(spec: LinearSpec, x: Tensor, resident: Tensors) -> Tensor:
     return cpu.planes_linear(
         x, resident, bits=spec.bits, group_size=spec.group_size, shape=spec.shape
+    )
+
+
+def _prepare_triton(spec: LinearSpec, tensors: Tensors) -> Tensors:
+    weight = to_planar(*read_checkpoint(tensors, spec.bits, spec.group_size), spec.group_size)
+    resident = {"words": weight.words, "scale": weight.scales}
+    return resident if weight.zeros is None else resident | {"zeros": weight.zeros}
+
+
+def _apply_triton(spec: LinearSpec, x: Tensor, resident: Tensors) -> Tensor:
+    words, scale, zeros = resident["words"], resident["scale"], resident.get("zeros")
+    weight = PlanarWeight(words, scale, zeros, spec.shape, spec.group_size)
+    if x.dtype in MAGIC:
+        return dequant_gemm(x, weight)
+    codes, scale, zeros = from_planar(weight)
+    return reference_gemm(
+        x, dequantize(codes, scale, 8.0 if zeros is None else zeros, spec.group_size)
     )
 
 
@@ -178,6 +210,7 @@ def _apply_reference(spec: LinearSpec, x: Tensor, resident: Tensors) -> Tensor:
 
 
 WAYS: dict[str, Way] = {
+    "triton": Way(_prepare_triton, _apply_triton),
     "planes": Way(_prepare_planes, _apply_planes),
     "cpu-int4": Way(_prepare_int4, _apply_int4),
     "cpu-int8": Way(_prepare_int8, _apply_int8),

@@ -5,8 +5,8 @@ columns, each tile one contiguous 8 KiB read:
 
     words  int16 [N/BN, K/BK, BN, BK/4]
 
-Nibble p of word j in a tile is column p*32 + j ("planar along K"): two neighbouring int16 words in a
-32-bit register give two bf16 numbers with one logical instruction, and one plane is exactly one
+Nibble p of word j in a tile is column p*32 + j ("planar along K"): two neighbouring int16 words in
+a 32-bit register give two bf16 numbers with one logical instruction, and one plane is exactly one
 group of 32 columns. N and K are padded to whole tiles with the zero code, scale 0.
 
     scales [N/BN, S, BN], zeros uint8 the same or None;  S = 1 for one group a row, else K/group

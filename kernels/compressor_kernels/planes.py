@@ -38,21 +38,27 @@ def to_planes(codes: Tensor, bits: int) -> dict[str, Tensor]:
 
 def from_planes(planes: dict[str, Tensor], bits: int, rows: slice) -> Tensor:
     """Codes uint8 [rows, padded columns] of some rows; the inverse of `to_planes`."""
-    out: Tensor | None = None
+    codes: Tensor | None = None
     low = bits
     for width in plane_widths(bits):
         low -= width
-        plane = planes[f"plane{width}"][rows]
-        per_byte, columns = 8 // width, plane.shape[1]
-        part = torch.empty((plane.shape[0], per_byte * columns), dtype=torch.uint8)
-        part = part.to(plane.device)
-        for index in range(per_byte):
-            field = part[:, index * columns : (index + 1) * columns]
-            torch.bitwise_right_shift(plane, width * index, out=field)
-        if width < 8:
-            part &= (1 << width) - 1
-        part <<= low
-        out = part if out is None else out.bitwise_or_(part)
-    if out is None:
+        part = _read_plane(planes[f"plane{width}"][rows], width)
+        part = part if low == 0 else part.bitwise_left_shift_(low)
+        codes = part if codes is None else codes.bitwise_or_(part)
+    if codes is None:
         raise ValueError(f"bits must be 2 to 8, got {bits}")
-    return out
+    return codes
+
+
+def _read_plane(plane: Tensor, width: int) -> Tensor:
+    """Plane values uint8 [R, C * 8 / width] of bytes [R, C]."""
+    per_byte, columns = 8 // width, plane.shape[1]
+    if per_byte == 1:
+        return plane.clone()
+    part = torch.empty((plane.shape[0], per_byte * columns), dtype=torch.uint8, device=plane.device)
+    torch.bitwise_and(plane, (1 << width) - 1, out=part[:, :columns])
+    for index in range(1, per_byte):
+        field = part[:, index * columns : (index + 1) * columns]
+        torch.bitwise_right_shift(plane, width * index, out=field)
+    part[:, columns : (per_byte - 1) * columns] &= (1 << width) - 1
+    return part
