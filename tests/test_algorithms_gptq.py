@@ -86,7 +86,6 @@ def test_the_error_is_close_to_the_brute_force_optimum() -> None:
         rounded.append(rounding_error(w, hessian, grid) / best)
     assert min(ratios) > 1 - 1e-5
     assert sorted(ratios)[12] < 1.3 < 1.5 < sorted(rounded)[12]
-    assert sorted(ratios)[22] < 2.5
 
 
 @pytest.mark.parametrize("block", [1, 7, 128])
