@@ -1,0 +1,118 @@
+"""The gate before any parsing (ASGI middleware): key, size and pace of the body, request ids."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import re
+import uuid
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from starlette.responses import JSONResponse
+
+from compressor.serve.options import ServeOptions
+from compressor.serve.protocol import ApiError
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+OPEN_PATHS = frozenset({"/health", "/livez", "/readyz"})
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+
+
+class Limits:
+    """Wraps an application; every refusal is an OpenAI-shaped error.
+
+    Attributes:
+        app: what comes behind the gate.
+        options: key, cap and timeout.
+    """
+
+    def __init__(self, app: App, options: ServeOptions) -> None:
+        self.app = app
+        self.options = options
+        self._key_digest = hashlib.sha256(b"Bearer " + (options.api_key or "").encode()).digest()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        request_id = _request_id(scope)
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        try:
+            self._check_key(scope)
+            self._check_length(scope)
+        except ApiError as error:
+            return await error_response(error)(scope, receive, send_with_id)
+        await self.app(scope, self._limited(receive), send_with_id)
+
+    def _check_key(self, scope: Scope) -> None:
+        if self.options.api_key is None or scope["path"] in OPEN_PATHS:
+            return
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        digest = hashlib.sha256(given[0] if len(given) == 1 else b"").digest()
+        if not hmac.compare_digest(digest, self._key_digest):
+            raise ApiError(
+                401,
+                "a valid API key is needed: Authorization: Bearer KEY",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
+
+    def _check_length(self, scope: Scope) -> None:
+        lengths = [value for name, value in scope["headers"] if name == b"content-length"]
+        if any(not v.isdigit() or int(v[:20]) > self.options.max_body_bytes for v in lengths):
+            raise self._too_large()
+
+    def _too_large(self) -> ApiError:
+        cap = self.options.max_body_bytes
+        return ApiError(
+            413, f"the body is larger than {cap} bytes", headers={"connection": "close"}
+        )
+
+    def _limited(self, receive: Receive) -> Receive:
+        """`receive` that counts the body and the time it takes."""
+        deadline = asyncio.get_running_loop().time() + self.options.body_timeout_s
+        size, complete = 0, False
+
+        async def limited() -> Message:
+            nonlocal size, complete
+            if complete:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                raise ApiError(
+                    408, "the body did not arrive in time", headers={"connection": "close"}
+                ) from None
+            size += len(message.get("body", b""))
+            complete = not message.get("more_body", False)
+            if size > self.options.max_body_bytes:
+                raise self._too_large()
+            return message
+
+        return limited
+
+
+def _request_id(scope: Scope) -> str:
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+            return str(value.decode("ascii"))
+    return uuid.uuid4().hex
+
+
+def error_response(error: ApiError) -> JSONResponse:
+    """The error as a response."""
+    return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
