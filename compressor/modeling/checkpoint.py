@@ -196,18 +196,27 @@ def open_checkpoint(
         index_files=tuple(files),
         sizes=MappingProxyType({h.file: h.size for h in headers}),
     )
-    notes += index_notes + _completeness(checkpoint, strict, trust_remote_code, allow_missing)
-    return replace(checkpoint, notes=tuple(notes))
+    more, mended = _compare(checkpoint, strict, trust_remote_code, allow_missing)
+    notes += index_notes + more
+    return replace(checkpoint, config={**config, **mended}, notes=tuple(notes))
 
 
-def _completeness(
+def _compare(
     checkpoint: Checkpoint, strict: bool, trusted: bool, allow_missing: Sequence[str]
-) -> list[str]:
+) -> tuple[list[str], dict[str, Any]]:
+    """Notes, and what to mend in the config: a wrong tie flag (transformers unties then, too)."""
     if trusted and "auto_map" in checkpoint.config:
-        return ["the model's own code decides which tensors it needs; names were not compared"]
-    from compressor.modeling.expected import check_complete
+        return ["the model's own code decides which tensors it needs; names were not compared"], {}
+    from compressor.modeling.expected import check_complete, expected, false_ties
 
-    return check_complete(checkpoint, strict=strict, allow_missing=allow_missing)
+    want = expected(checkpoint.config)
+    notes = check_complete(checkpoint, strict=strict, allow_missing=allow_missing, want=want)
+    wrong = false_ties(checkpoint, want)
+    if not wrong:
+        return notes, {}
+    notes = [n for n in notes if not any(n.startswith(f"{a} is tied") for a, _ in wrong)]
+    notes += [f"{a} and {b} differ: tie_word_embeddings is taken as false" for a, b in wrong]
+    return notes, {"tie_word_embeddings": False}
 
 
 def _read_config(path: Path) -> tuple[bytes, dict[str, Any]]:

@@ -107,9 +107,19 @@ def expected(config: Mapping[str, Any]) -> Expected:
 
 
 def check_complete(
-    checkpoint: Checkpoint, *, strict: bool = False, allow_missing: Sequence[str] = ()
+    checkpoint: Checkpoint,
+    *,
+    strict: bool = False,
+    allow_missing: Sequence[str] = (),
+    want: Expected | None = None,
 ) -> list[str]:
     """Compare names and shapes in the files with those the config asks for.
+
+    Args:
+        checkpoint: the opened folder.
+        strict: refuse unexpected tensors (CK22).
+        allow_missing: patterns of names that may be absent.
+        want: `expected(checkpoint.config)`, if it is at hand.
 
     Returns:
         notes: unexpected tensors, ties saved twice, tensors allowed to be missing.
@@ -119,8 +129,8 @@ def check_complete(
     """
     from compressor.modeling.checkpoint import matches
 
-    want = expected(checkpoint.config)
-    have = {_long_name(name, want): name for name in checkpoint.tensors}
+    want = want or expected(checkpoint.config)
+    have = _long_names(checkpoint, want)
     shapes = _as_saved(want, have)
     missing = [n for n in shapes if n not in have and not _is_packed(n, have)]
     missing = [n for n in missing if not _tied_elsewhere(n, want, have)]
@@ -143,6 +153,10 @@ def _long_name(name: str, want: Expected) -> str:
     stem = longer.rpartition(".")[0]
     known = longer in want.shapes or longer in want.fused or f"{stem}.weight" in want.shapes
     return longer if known else name
+
+
+def _long_names(checkpoint: Checkpoint, want: Expected) -> dict[str, str]:
+    return {_long_name(name, want): name for name in checkpoint.tensors}
 
 
 def _as_saved(want: Expected, have: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
@@ -204,6 +218,13 @@ def _tie_notes(want: Expected, have: Mapping[str, str]) -> list[str]:
         for a, b in want.ties.items()
         if a in have and b in have
     ]
+
+
+def false_ties(checkpoint: Checkpoint, want: Expected) -> list[tuple[str, str]]:
+    """Pairs of names in the files that the config ties, but whose values differ (CK35)."""
+    have = _long_names(checkpoint, want)
+    pairs = [(have[a], have[b]) for a, b in want.ties.items() if a in have and b in have]
+    return [(a, b) for a, b in pairs if not torch.equal(checkpoint.read(a), checkpoint.read(b))]
 
 
 def _unexpected(
