@@ -121,6 +121,7 @@ class Gate(Part):
     max_perplexity_ratio: Annotated[float, Field(ge=1.0)] | None = None
     min_top1_agreement: Fraction | None = None
     max_task_drop: Fraction | None = None
+    min_tokens: PositiveInt | None = None
 
 
 class CalibrateConfig(Part):

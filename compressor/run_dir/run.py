@@ -20,9 +20,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from compressor.errors import Interrupted, OutputError, RecipeError, ResourceError, Where
 from compressor.run_dir.files import resource_error, sha256_file, sweep, write_atomic
@@ -30,6 +28,9 @@ from compressor.run_dir.journal import Journal, Record
 from compressor.run_dir.lock import FolderLock
 from compressor.run_dir.log import log_to, redact, stop_logging
 from compressor.run_dir.signals import StopSignals
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger("compressor.run_dir")
 progress_log = logging.getLogger("compressor.progress")
