@@ -28,9 +28,8 @@ from compressor.algorithms.gptq import inverse_cholesky
 
 def mlp_channel_importance(act_sq_mean: Tensor, down_weight: Tensor) -> Tensor:
     """Importance [I] from E[a_i^2] [I] of the inputs of down_proj and its weight [O, I]."""
-    return act_sq_mean.float().clamp(min=0).sqrt() * torch.linalg.vector_norm(
-        down_weight.float(), dim=0
-    )
+    column_norm: Tensor = down_weight.float().square().sum(dim=0).sqrt()
+    return act_sq_mean.float().clamp(min=0).sqrt() * column_norm
 
 
 def kv_group_importance(
