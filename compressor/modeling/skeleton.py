@@ -135,9 +135,7 @@ def empty_model(config: dict[str, Any]) -> PreTrainedModel:
     """transformers' causal language model with every parameter on the meta device, fp32."""
     parsed = parse_config(config)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            parsed, dtype=torch.float32, attn_implementation="sdpa"
-        )
+        model = AutoModelForCausalLM.from_config(parsed, dtype=torch.float32)
     return model.eval()
 
 

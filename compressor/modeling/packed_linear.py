@@ -1,0 +1,57 @@
+"""A linear layer that computes with its packed weight: what is in memory is what is on disk."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from compressor.artifact.packing import PackedWeight
+from compressor_kernels.dispatch import LinearPlan, LinearSpec, plan_for
+
+
+class PackedLinear(nn.Module):
+    """y = x W^T + b with W in packed form; the kernel is chosen once, when the layer is made."""
+
+    def __init__(
+        self, packed: PackedWeight, bias: Tensor | None, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """Lay the stored tensors out for the device's kernel.
+
+        Args:
+            packed: stored tensors and format of one linear.
+            bias: [O] or None.
+            device: where the layer will run.
+            dtype: dtype of the activations.
+        """
+        super().__init__()
+        self.out_features, self.in_features = packed.shape
+        fmt = packed.format
+        spec = LinearSpec(fmt.bits, fmt.group_size, fmt.symmetric, packed.shape, dtype)
+        self.plan: LinearPlan = plan_for(device, spec)
+        self._names: list[str] = []
+        for name, tensor in self.plan.prepare(packed.tensors).items():
+            self.register_buffer(f"packed_{name}", tensor, persistent=False)
+            self._names.append(name)
+        own_bias = None if bias is None else bias.to(device, dtype)
+        self.register_buffer("bias", own_bias, persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """An empty tensor: some model code asks a linear's weight for its device and dtype."""
+        return self._resident()[self._names[0]].new_empty(0, dtype=torch.float32)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes that the weight occupies in memory."""
+        return sum(t.nbytes for t in self._resident().values())
+
+    def _resident(self) -> dict[str, Tensor]:
+        return {name: getattr(self, f"packed_{name}") for name in self._names}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] -> [..., O] in the dtype of x."""
+        return self.plan.apply(x, self._resident(), self.bias)
+
+    def extra_repr(self) -> str:
+        """For `print(model)`."""
+        return f"{self.in_features}, {self.out_features}, kernel={self.plan.name}"
