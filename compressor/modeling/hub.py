@@ -62,12 +62,12 @@ def resolve_model(
     if name == "reference-draft":
         return ResolvedModel(reference_model.draft_path(), name)
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         return ResolvedModel(folder, "folder")
-    if folder.exists() or not HUB_ID.fullmatch(name) or ".." in name:
-        kind = "a file, not a folder" if folder.exists() else "no such folder, and not a hub id"
+    if not HUB_ID.fullmatch(name) or ".." in name or folder.exists():
+        kind = "a file, not a folder" if folder.is_file() else "no such folder, and not a hub id"
         raise CheckpointError(
-            f"{kind}: {printable(folder.name or name)}",
+            f"{kind}: {printable(folder.name or name)!r}",
             code="CK32",
             why="A model is a folder in Hugging Face's layout.",
             fix="give a folder, a hub id such as org/name, or: reference",
