@@ -75,6 +75,12 @@ class StoredLinear(nn.Module):
         """Quantize: pack codes uint8 [O, I] and grid [O, G], then compute with what was packed."""
         self.set_packed(pack_weight(codes, scale, zero, fmt))
 
+    def codes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes uint8 [O, I], scale fp32 [O, G] and zero point int32 [O, G] of a quantized layer."""
+        if self._codes is None:
+            raise ValueError("this layer is dense")
+        return self._codes
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O] in the dtype of x."""
         bias = None if self.bias is None else self.bias.to(x.dtype)

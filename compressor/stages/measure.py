@@ -7,7 +7,7 @@ import torch
 from compressor.algorithms.divergence import kl_tokens
 from compressor.modeling.activations import ActivationStore
 from compressor.modeling.walk import Walk
-from compressor.stages.solve import Streams
+from compressor.stages.statistics import Streams
 
 
 @torch.no_grad()

@@ -10,34 +10,18 @@ uniform format that fits, and the one with the lower KL divergence on held-out r
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from compressor.errors import RecipeError
 from compressor.modeling.block import Block, block_tensors, load_block
 from compressor.modeling.state import BlockTensors, ModelState
-from compressor.modeling.walk import Walk
 from compressor.recipe import QuantizeConfig
+from compressor.stages.blockwise import Rewritten, Sweep, full_names
 from compressor.stages.budget import Allocation, allocate_formats
 from compressor.stages.context import StageContext, StageReport
-from compressor.stages.measure import hidden_divergence
 from compressor.stages.selection import fallbacks, select, uniform_formats
-from compressor.stages.solve import (
-    BlockSolver,
-    Formats,
-    Streams,
-    calibration_rows,
-    round_to_nearest,
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Materialised:
-    """A quantized model, the facts of its linears, and its KL on held-out rows (nats a token)."""
-
-    state: ModelState
-    linears: dict[str, Any]
-    held_out_kl: float | None
+from compressor.stages.solve import BlockSolver, Formats, round_to_nearest
 
 
 def apply(config: QuantizeConfig, context: StageContext) -> StageReport:
@@ -77,7 +61,7 @@ def _check_dense(state: ModelState, config: QuantizeConfig) -> None:
 
 def _better(
     config: QuantizeConfig, context: StageContext, allocation: Allocation
-) -> tuple[Materialised, dict[str, Any]]:
+) -> tuple[Rewritten, dict[str, Any]]:
     """Materialise the mixture and the uniform alternative, keep the one with less held-out KL."""
     mixed = _materialise(config, context, allocation.formats, "mixed-")
     facts: dict[str, Any] = {"allocation": allocation.as_json()}
@@ -92,7 +76,7 @@ def _better(
 
 def _materialise(
     config: QuantizeConfig, context: StageContext, formats: Formats, tag: str
-) -> Materialised:
+) -> Rewritten:
     by_block = _by_block(formats, context.state)
     if config.method == "rtn" or context.tokens is None:
         return _materialise_rtn(config, context, by_block, tag)
@@ -113,7 +97,7 @@ def _by_block(formats: Formats, state: ModelState) -> list[Formats]:
 
 def _materialise_rtn(
     config: QuantizeConfig, context: StageContext, by_block: list[Formats], tag: str
-) -> Materialised:
+) -> Rewritten:
     state, facts = context.state, {}
     skeleton = state.skeleton()
     for position, formats in enumerate(by_block):
@@ -126,60 +110,28 @@ def _materialise_rtn(
             del source, block
         meta = context.run.meta(unit)
         state = state.with_block(position, context.run.file(unit), meta)
-        facts |= _full_names(meta["facts"], skeleton.blocks_name, position)
+        facts |= full_names(meta["facts"], skeleton.blocks_name, position)
         context.run.progress({"unit": unit, "index": position + 1, "total": len(by_block)})
-    return Materialised(state, facts, None)
+    return Rewritten(state, facts, None)
 
 
 def _materialise_gptq(
     config: QuantizeConfig, context: StageContext, by_block: list[Formats], tag: str
-) -> Materialised:
-    assert context.tokens is not None, "checked by the caller"
-    walk = Walk(context.state, context.tokens, context.walk_options())
-    streams = Streams(walk.open_stream(f"{tag}reference"), walk.open_stream(f"{tag}compressed"))
-    rows = calibration_rows(walk)
-    solver = BlockSolver(walk, streams, config, rows)
-    state, facts = context.state, {}
-    for position, formats in enumerate(by_block):
-        unit = f"{tag}block-{position:04d}"
-        source = context.state.read_block(position, walk.skeleton)
-        original = load_block(walk.skeleton, position, source)
-        if not context.run.is_done(unit):
-            block = load_block(walk.skeleton, position, source)
-            found = solver.solve(position, original, block, formats)
-            _commit(context, unit, block_tensors(block, source), found)
-            del block
-        meta = context.run.meta(unit)
-        state = state.with_block(position, context.run.file(unit), meta)
-        _advance(walk, streams, position, original, state)
-        del source, original
-        facts |= _full_names(meta["facts"], walk.skeleton.blocks_name, position)
-        event = {"unit": unit, "index": position + 1, "total": len(by_block)}
-        context.run.progress(event | {"loss": _total_error(meta["facts"])})
-    kl = hidden_divergence(walk, streams, slice(rows.stop, walk.tokens.shape[0]))
-    streams.reference.close()
-    streams.compressed.close()
-    return Materialised(state, facts, kl)
+) -> Rewritten:
+    sweep = Sweep(context, tag=tag)
+    solver = BlockSolver(sweep.walk, sweep.streams, config, sweep.rows)
 
+    def rewrite(
+        position: int, original: Block, source: BlockTensors
+    ) -> tuple[BlockTensors, dict[str, Any]]:
+        block = load_block(sweep.walk.skeleton, position, source)
+        facts = solver.solve(position, original, block, by_block[position])
+        return block_tensors(block, source), facts
 
-def _advance(
-    walk: Walk, streams: Streams, position: int, original: Block, state: ModelState
-) -> None:
-    walk.advance(streams.reference, original, position)
-    stored = state.read_block(position, walk.skeleton)
-    walk.advance(streams.compressed, load_block(walk.skeleton, position, stored), position)
+    return sweep.run(rewrite)
 
 
 def _commit(
     context: StageContext, unit: str, tensors: BlockTensors, facts: dict[str, Any]
 ) -> None:
     context.run.commit(unit, tensors.tensors, {**tensors.meta(), "facts": facts})
-
-
-def _full_names(facts: dict[str, Any], blocks_name: str, position: int) -> dict[str, Any]:
-    return {f"{blocks_name}.{position}.{linear}": value for linear, value in facts.items()}
-
-
-def _total_error(facts: dict[str, Any]) -> float:
-    return float(sum(f.get("error", 0.0) for f in facts.values()))
-
