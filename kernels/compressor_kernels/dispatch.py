@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from compressor_kernels import cpu
-from compressor_kernels.dequant_gemm import MAGIC, dequant_gemm
 from compressor_kernels.layout import GROUP_SIZES, PlanarWeight, from_planar, to_planar
 from compressor_kernels.planes import to_planes
 from compressor_kernels.reference import dequant_gemm as reference_gemm
@@ -174,12 +173,13 @@ def _prepare_triton(spec: LinearSpec, tensors: Tensors) -> Tensors:
 def _apply_triton(spec: LinearSpec, x: Tensor, resident: Tensors) -> Tensor:
     words, scale, zeros = resident["words"], resident["scale"], resident.get("zeros")
     weight = PlanarWeight(words, scale, zeros, spec.shape, spec.group_size)
-    if x.dtype in MAGIC:
+    if x.dtype in (torch.bfloat16, torch.float16):
+        from compressor_kernels.dequant_gemm import dequant_gemm  # triton exists only on Linux
+
         return dequant_gemm(x, weight)
     codes, scale, zeros = from_planar(weight)
-    return reference_gemm(
-        x, dequantize(codes, scale, 8.0 if zeros is None else zeros, spec.group_size)
-    )
+    offset = 8.0 if zeros is None else zeros
+    return reference_gemm(x, dequantize(codes, scale, offset, spec.group_size))
 
 
 def _prepare_int4(spec: LinearSpec, tensors: Tensors) -> Tensors:

@@ -7,6 +7,7 @@ silent the rule below decides:
 
 - rows a tile: the smallest of 8, 16, 32, 64 that holds M (matrix instructions on AMD need 16);
 - split-K: enough blocks for two per processor, at most 16 splits, every split at least one tile;
+- warps: 4, one a scheduler; 8 for 64 rows on sm_8x, where 4 would spill registers;
 - stages: 4 while a stage is small, 3 for 64 rows, 2 on AMD.
 
 None of it has been measured on a GPU yet.
@@ -75,4 +76,5 @@ def heuristic(arch: str, shape: tuple[int, int], rows: int) -> KernelConfig:
     blocks = n_tiles * -(-max(rows, 1) // block_m)
     wanted = -(-2 * PROCESSORS.get(arch, 1) // blocks)
     stages = 2 if is_amd else 3 if block_m == 64 else 4
-    return KernelConfig(block_m, max(1, min(16, k_tiles, wanted)), 4, stages)
+    warps = 8 if block_m == 64 and arch.startswith("sm_8") else 4
+    return KernelConfig(block_m, max(1, min(16, k_tiles, wanted)), warps, stages)
