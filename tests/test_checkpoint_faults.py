@@ -78,3 +78,8 @@ def test_trusted_code_is_noted_and_not_run(folder: Path):
 def test_an_absurd_layer_count_builds_no_model(folder: Path):
     config(num_hidden_layers=10**9)(folder)
     assert _seconds_to_refuse(folder) < 1
+
+
+def test_null_leaves_a_config_key_to_its_default(folder: Path):
+    config(head_dim=None, sliding_window=None, rope_theta=None)(folder)
+    assert open_checkpoint(folder, strict=True).notes == ()

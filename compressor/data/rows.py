@@ -105,7 +105,7 @@ def _token_lists(
         except DataError as error:
             tally.bad_row(error, config.skip_bad_rows)
             continue
-        ids = list(tokenizer.encode(text, add_special_tokens=False))
+        ids = list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
         _check_ids(ids, vocab_size, document.place)
         if tokenizer.bos_token_id is not None and ids[:1] != [tokenizer.bos_token_id]:
             ids.insert(0, tokenizer.bos_token_id)

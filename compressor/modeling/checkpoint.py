@@ -97,8 +97,7 @@ class Checkpoint:
                 raise bad(
                     f"the file had {self.sizes[info.file]} bytes, now {size}",
                     "CK05",
-                    file=info.file,
-                    tensor=info.name,
+                    where=Where(file=info.file, tensor=info.name),
                     why="It changed while this program was running.",
                 )
             file.seek(info.offset)
@@ -109,8 +108,7 @@ class Checkpoint:
             raise bad(
                 "a BOOL tensor holds bytes other than 0 and 1",
                 "CK24",
-                file=info.file,
-                tensor=info.name,
+                where=Where(file=info.file, tensor=info.name),
             )
         return buffer.view(info.dtype).reshape(info.shape)
 
@@ -143,8 +141,7 @@ def check_tensor_finite(tensor: torch.Tensor, info: TensorInfo) -> None:
         raise bad(
             f"{count} of {flat.numel()} values are NaN or infinite, the first at {index}",
             "CK24",
-            file=info.file,
-            tensor=info.name,
+            where=Where(file=info.file, tensor=info.name),
             why="A layer with such values cannot be compressed: everything after it breaks.",
             fix="take a sound checkpoint; the file is damaged or the training diverged",
         )
@@ -223,7 +220,7 @@ def _read_config(path: Path) -> tuple[bytes, dict[str, Any]]:
     if not (path / CONFIG).is_symlink() and not (path / CONFIG).exists():
         adapter = (path / "adapter_config.json").exists()
         fix = "merge the adapter into its base model first" if adapter else "give a model's folder"
-        raise bad("config.json is missing", "CK32", file=CONFIG, fix=fix)
+        raise bad("config.json is missing", "CK32", where=Where(file=CONFIG), fix=fix)
     raw = read_small(path, CONFIG, limit=MAX_CONFIG, code="CK28")
     return raw, parse_object(raw, file=CONFIG, code="CK28")
 
@@ -243,8 +240,7 @@ def _weight_files(path: Path) -> tuple[list[str], dict[str, str], list[str]]:
                 raise bad(
                     "the index names this shard, and it is not there",
                     "CK21",
-                    file=name,
-                    tensor=missing,
+                    where=Where(file=name, tensor=missing),
                     why="The download is not complete.",
                 )
         others = {f.name for f in path.glob("*.safetensors")} - set(files)
@@ -260,7 +256,7 @@ def _no_weights(path: Path) -> CheckpointError:
         return bad(
             f"only pickled weights are here: {', '.join(pickled[:5])}",
             "CK32",
-            file=pickled[0],
+            where=Where(file=pickled[0]),
             why="Pickle can run code when it is opened, so it is never opened here.",
             fix='where you trust it: python -c "from transformers import '
             "AutoModelForCausalLM as M; M.from_pretrained('DIR')"
@@ -270,7 +266,7 @@ def _no_weights(path: Path) -> CheckpointError:
     return bad(
         f"neither {SINGLE} nor {INDEX} is in the folder",
         "CK32",
-        file=path.name,
+        where=Where(file=path.name),
         why=f"found instead: {', '.join(found[:5]) or 'no weights at all'}",
         fix="give a folder in Hugging Face's layout",
     )
@@ -288,7 +284,7 @@ def _read_index(path: Path) -> dict[str, str]:
             fix="download the index again",
         )
     if len(weight_map) > MAX_NAMES:
-        raise bad(f"more than {MAX_NAMES:,} tensors", "CK14", file=INDEX)
+        raise bad(f"more than {MAX_NAMES:,} tensors", "CK14", where=Where(file=INDEX))
     for tensor, file in weight_map.items():
         _check_file_name(tensor, file)
     return weight_map
@@ -322,19 +318,17 @@ def _merge(headers: Sequence[FileHeader], weight_map: Mapping[str, str]) -> dict
                 raise bad(
                     f"the tensor lies in {other.file} too",
                     "CK12",
-                    file=info.file,
-                    tensor=info.name,
+                    where=Where(file=info.file, tensor=info.name),
                     why="Two readers could choose two different values.",
                 )
     if len(tensors) > MAX_NAMES:
-        raise bad(f"more than {MAX_NAMES:,} tensors", "CK14", file=INDEX)
+        raise bad(f"more than {MAX_NAMES:,} tensors", "CK14", where=Where(file=INDEX))
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].file != file:
             raise bad(
                 "the index promises this tensor here, and it is not in the file",
                 "CK21",
-                file=file,
-                tensor=name,
+                where=Where(file=file, tensor=name),
                 why="Index and shards do not belong together.",
             )
     return dict(sorted(tensors.items()))

@@ -43,7 +43,15 @@ COUNTS: dict[str, int] = {
     "n_routed_experts": 8192,
     "num_experts_per_tok": 8192,
 }
-MAY_BE_NULL = {"n_inner", "sliding_window", "head_dim", "num_key_value_heads"}
+NEVER_NULL = {
+    "num_hidden_layers",
+    "n_layer",
+    "hidden_size",
+    "n_embd",
+    "num_attention_heads",
+    "n_head",
+    "vocab_size",
+}  # others fall back to the library's default
 MAY_BE_ZERO = {
     "sliding_window",
     "shared_expert_intermediate_size",
@@ -149,7 +157,7 @@ def _check_values(section: str, values: Mapping[str, Any]) -> None:
             raise _wrong(name, "the value is NaN")
         if key in COUNTS and section != "quantization_config.":
             _check_count(name, key, value)
-        elif key in POSITIVE_FLOATS and not _positive(value):
+        elif key in POSITIVE_FLOATS and value is not None and not _positive(value):
             raise _wrong(name, f"must be a positive number, is {_shown(value)}")
         elif key in FLAGS and not isinstance(value, bool):
             raise _wrong(name, f"must be true or false, is {_shown(value)}")
@@ -160,7 +168,7 @@ def _positive(value: Any) -> bool:
 
 
 def _check_count(name: str, key: str, value: Any) -> None:
-    if value is None and key in MAY_BE_NULL:
+    if value is None and key not in NEVER_NULL:
         return
     per_layer = isinstance(value, list) and value and all(type(v) is int for v in value)
     if type(value) is not int and not per_layer:

@@ -77,12 +77,10 @@ class FileHeader:
 
 
 def bad(
-    message: str, code: str, *, file: str, tensor: str = "", why: str = "", fix: str = AGAIN
+    message: str, code: str, *, where: Where, why: str = "", fix: str = AGAIN
 ) -> CheckpointError:
-    """A CheckpointError that points at a file and a tensor."""
-    return CheckpointError(
-        message, code=code, where=Where(file=file, tensor=tensor), why=why, fix=fix
-    )
+    """A CheckpointError whose remedy, if nothing better is known, is to fetch the file again."""
+    return CheckpointError(message, code=code, where=where, why=why, fix=fix)
 
 
 def _cache_roots(folder: Path) -> list[Path]:
@@ -104,25 +102,34 @@ def open_regular(folder: Path, name: str) -> Iterator[tuple[BinaryIO, int]]:
     try:
         target = path.resolve(strict=True)
     except (OSError, RuntimeError) as error:
-        raise bad(f"cannot be opened ({error.__class__.__name__})", "CK21", file=name) from None
+        raise bad(
+            f"cannot be opened ({error.__class__.__name__})", "CK21", where=Where(file=name)
+        ) from None
     if not any(target.is_relative_to(root) for root in _cache_roots(folder)):
         raise bad(
             "the file is a link that leaves the checkpoint folder",
             "CK17",
-            file=name,
+            where=Where(file=name),
             why="A checkpoint could otherwise read any file of this machine.",
             fix="replace the link by a copy of the file",
         )
     if not stat.S_ISREG(target.lstat().st_mode):
-        raise bad("not a regular file", "CK17", file=name, fix="remove it and put the file there")
+        raise bad(
+            "not a regular file",
+            "CK17",
+            where=Where(file=name),
+            fix="remove it and put the file there",
+        )
     try:
         descriptor = os.open(target, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     except PermissionError:
-        raise bad("no permission to read it", "CK17", file=name, fix="chmod u+r the file") from None
+        raise bad(
+            "no permission to read it", "CK17", where=Where(file=name), fix="chmod u+r the file"
+        ) from None
     with os.fdopen(descriptor, "rb", buffering=0) as raw:
         status = os.fstat(raw.fileno())
         if not stat.S_ISREG(status.st_mode):
-            raise bad("not a regular file", "CK17", file=name)
+            raise bad("not a regular file", "CK17", where=Where(file=name))
         yield raw, status.st_size
 
 
@@ -130,7 +137,9 @@ def read_small(folder: Path, name: str, *, limit: int, code: str) -> bytes:
     """All bytes of a small file (config, index), refused above `limit` bytes."""
     with open_regular(folder, name) as (file, size):
         if size > limit:
-            raise bad(f"{size:,} bytes; such a file has at most {limit:,}", code, file=name)
+            raise bad(
+                f"{size:,} bytes; such a file has at most {limit:,}", code, where=Where(file=name)
+            )
         return read_exactly(file, size, name)
 
 
@@ -150,8 +159,7 @@ def read_into(file: BinaryIO, view: memoryview, name: str, tensor: str = "") -> 
             raise bad(
                 f"the file ended {len(view) - done} bytes early",
                 "CK05",
-                file=name,
-                tensor=tensor,
+                where=Where(file=name, tensor=tensor),
                 why="It was cut while this program was reading it.",
             )
         done += got
@@ -161,10 +169,17 @@ def read_header(folder: Path, name: str) -> FileHeader:
     """Read and check the header of one safetensors file; its data is not touched."""
     with open_regular(folder, name) as (file, size):
         if size == 0:
-            raise bad("the file is empty", "CK01", file=name, why="The download did not start.")
+            raise bad(
+                "the file is empty",
+                "CK01",
+                where=Where(file=name),
+                why="The download did not start.",
+            )
         _refuse_text(read_exactly(file, min(size, 512), name), name)
         if size < 8:
-            raise bad(f"{size} bytes cannot hold a safetensors header", "CK05", file=name)
+            raise bad(
+                f"{size} bytes cannot hold a safetensors header", "CK05", where=Where(file=name)
+            )
         file.seek(0)
         length = int.from_bytes(read_exactly(file, 8, name), "little")
         if length > MAX_HEADER or length > size - 8:
@@ -172,12 +187,12 @@ def read_header(folder: Path, name: str) -> FileHeader:
                 f"the header would be {length:,} bytes long; the file has {size:,} and the "
                 f"limit is {MAX_HEADER:,}",
                 "CK07",
-                file=name,
+                where=Where(file=name),
                 why="The first eight bytes are not those of a safetensors file.",
             )
         raw = read_exactly(file, length, name)
     if raw.count(b'"data_offsets"') > MAX_NAMES:
-        raise bad(f"more than {MAX_NAMES:,} tensors in one file", "CK14", file=name)
+        raise bad(f"more than {MAX_NAMES:,} tensors in one file", "CK14", where=Where(file=name))
     body = parse_object(raw, file=name, code="CK08", base=8)
     _check_metadata(body.pop("__metadata__", {}), name)
     start = 8 + length
@@ -192,7 +207,7 @@ def _refuse_text(first: bytes, name: str) -> None:
         raise bad(
             "this is a git-lfs pointer, not the weights",
             "CK03",
-            file=name,
+            where=Where(file=name),
             why="The repository was cloned without its large files.",
             fix="run: git lfs pull",
         )
@@ -210,14 +225,14 @@ def _refuse_text(first: bytes, name: str) -> None:
         raise bad(
             "this looks like a web page or an error message, not weights",
             "CK04",
-            file=name,
+            where=Where(file=name),
             why="The server answered with a page and it was saved under this name.",
         )
     if first.startswith((b"PK\x03\x04", b"\x80\x02")):
         raise bad(
             "this is a pickle file with a safetensors name",
             "CK32",
-            file=name,
+            where=Where(file=name),
             why="Pickle can run code when it is opened, so it is never opened here.",
             fix="convert it to safetensors where you trust it",
         )
@@ -226,7 +241,7 @@ def _refuse_text(first: bytes, name: str) -> None:
 def _check_metadata(metadata: Any, name: str) -> None:
     good = isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())
     if not good:
-        raise bad("__metadata__ must map names to texts", "CK08", file=name)
+        raise bad("__metadata__ must map names to texts", "CK08", where=Where(file=name))
 
 
 def check_name(name: str, file: str) -> None:
@@ -236,8 +251,7 @@ def check_name(name: str, file: str) -> None:
         raise bad(
             "a tensor has a name that no model gives",
             "CK13",
-            file=file,
-            tensor=name or "(empty)",
+            where=Where(file=file, tensor=name or "(empty)"),
             why="Names are dotted and printable; this one could mislead a reader.",
         )
 
@@ -246,7 +260,9 @@ def _tensor(name: str, entry: Any, file: str, start: int) -> TensorInfo:
     check_name(name, file)
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise bad(
-            "its entry must be exactly dtype, shape, data_offsets", "CK08", file=file, tensor=name
+            "its entry must be exactly dtype, shape, data_offsets",
+            "CK08",
+            where=Where(file=file, tensor=name),
         )
     dtype = _dtype(entry["dtype"], file, name)
     shape, offsets = entry["shape"], entry["data_offsets"]
@@ -254,23 +270,20 @@ def _tensor(name: str, entry: Any, file: str, start: int) -> TensorInfo:
         raise bad(
             f"shape {printable(str(shape))} is not a list of natural numbers",
             "CK08",
-            file=file,
-            tensor=name,
+            where=Where(file=file, tensor=name),
         )
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise bad(
             f"data_offsets {printable(str(offsets))} are not [begin, end]",
             "CK09",
-            file=file,
-            tensor=name,
+            where=Where(file=file, tensor=name),
         )
     nbytes, wanted = offsets[1] - offsets[0], math.prod(shape) * dtype.itemsize
     if nbytes != wanted:
         raise bad(
             f"{entry['dtype']} {shape} needs {wanted} bytes, data_offsets give {nbytes}",
             "CK09",
-            file=file,
-            tensor=name,
+            where=Where(file=file, tensor=name),
         )
     return TensorInfo(name, dtype, entry["dtype"], tuple(shape), file, start + offsets[0], nbytes)
 
@@ -287,8 +300,7 @@ def _dtype(name: Any, file: str, tensor: str) -> torch.dtype:
         raise bad(
             f"unknown dtype {printable(str(name))!r}; known: {', '.join(DTYPES)}",
             "CK11",
-            file=file,
-            tensor=tensor,
+            where=Where(file=file, tensor=tensor),
         )
     return DTYPES[name]
 
@@ -311,8 +323,7 @@ def _check_cover(tensors: list[TensorInfo], file: str, start: int, size: int) ->
                 f"{printable(previous)} and {printable(info.name)} {kind}: bytes up to "
                 f"{end - start}, then from {info.offset - start}",
                 "CK09",
-                file=file,
-                tensor=info.name,
+                where=Where(file=file, tensor=info.name),
             )
         end, previous = info.offset + info.nbytes, info.name
         if end > size:
@@ -320,15 +331,13 @@ def _check_cover(tensors: list[TensorInfo], file: str, start: int, size: int) ->
                 f"the file is shorter than its header says: bytes {info.offset}..{end} are "
                 f"needed, the file has {size}",
                 "CK05",
-                file=file,
-                tensor=info.name,
+                where=Where(file=file, tensor=info.name),
                 why="The download or copy was cut. Nothing was written.",
             )
     if end < size:
         raise bad(
             f"{size - end} bytes follow after the last tensor",
             "CK06",
-            file=file,
-            tensor=previous,
+            where=Where(file=file, tensor=previous),
             why="The header and the data do not belong together.",
         )
