@@ -5,31 +5,37 @@
 A unit is what must share one format (q, k and v of a layer, say); an option is a format. Scores are
 damages that add up, such as the KL divergence measured with one unit compressed at a time.
 
-The 0/1 program goes to HiGHS (``scipy.optimize.milp``), which proves optimality for hundreds of
-units in well under a second. Three details keep it honest:
+This multiple-choice knapsack is solved exactly, in three steps:
 
-* options that cost no less and score no better than another of the same unit are left out first,
-  so equal scores always resolve to fewer bytes;
-* scores are shifted and scaled, because a solver with absolute tolerances near 1e-6 sees nothing
-  in gradients of 1e-12;
-* what a tolerance left unused is spent greedily afterwards.
+1. relax: walk along the lower convex hull of every unit, best damage saved per byte first. The step
+   that no longer fits has the price lambda (damage per byte) at which the budget sells out, and
+   sum_u min_o (score + lambda cost) - lambda budget bounds every allocation from below;
+2. reduce: an allocation lies above that bound by sum_u r[u, o] + lambda * unused bytes, where
+   r >= 0 is what the option costs beyond the best of its unit at the price lambda. Options whose r
+   alone exceeds the gap to a greedy allocation cannot be part of a better one: few remain;
+3. search: dynamic programming over units on the Pareto set of (bytes, score), with the same bound.
+
+An integer-programming library would do too. HiGHS in scipy 1.17 writes debugging lines to standard
+output on such problems, needs scores scaled to its absolute tolerances, and was no faster.
+Equal scores resolve to fewer bytes.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
+from numpy.typing import NDArray
 
 from compressor.errors import NumericError, RecipeError
 
-SCORE_SCALE = 1e4  # the largest score after scaling; HiGHS stops at an absolute gap of 1e-6
-TIE_WEIGHT = 1e-3  # of all bytes against that scale: prefers fewer bytes among equal sums
-TIME_LIMIT_S = 60.0
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+ROUNDING = 1e-12  # of all scores together: what sums of scores may be off by
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +46,9 @@ class Choice:
     option: str
     cost: int
     score: float
+
+
+Units = dict[str, list[Choice]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +76,7 @@ def allocate(choices: Sequence[Choice], *, budget_bytes: int) -> dict[str, str]:
             fix=f"raise the budget to at least {smallest} bytes, or allow smaller formats",
         )
     useful = {unit: _undominated(options) for unit, options in units.items()}
-    chosen = _spend_leftover(_solve(useful, budget_bytes), useful, budget_bytes)
+    chosen = _solve(useful, budget_bytes)
     return {unit: choice.option for unit, choice in chosen.items()}
 
 
@@ -111,15 +120,15 @@ def uniform_alternatives(choices: Sequence[Choice]) -> dict[str, Allocation]:
     return {name: evaluate(choices, _uniform(units, name)) for name in names}
 
 
-def _uniform(units: dict[str, list[Choice]], name: str) -> dict[str, str]:
+def _uniform(units: Units, name: str) -> dict[str, str]:
     return {
         unit: name if len(options) > 1 else options[0].option for unit, options in units.items()
     }
 
 
-def _by_unit(choices: Iterable[Choice]) -> dict[str, list[Choice]]:
+def _by_unit(choices: Iterable[Choice]) -> Units:
     """Choices of each unit, checked."""
-    units: dict[str, list[Choice]] = {}
+    units: Units = {}
     for choice in choices:
         if not math.isfinite(choice.score):
             raise NumericError(
@@ -141,55 +150,115 @@ def _undominated(options: list[Choice]) -> list[Choice]:
     return kept
 
 
-def _solve(units: dict[str, list[Choice]], budget: int) -> dict[str, Choice]:
-    """The 0/1 program over undominated options."""
-    flat = [choice for options in units.values() for choice in options]
-    owner = [index for index, options in enumerate(units.values()) for _ in options]
-    one_each = csr_array((np.ones(len(flat)), (owner, range(len(flat)))))
-    cost = np.array([c.cost for c in flat], dtype=np.float64) / max(budget, 1)
-    result = milp(
-        _objective(units) + TIE_WEIGHT * cost / max(cost.sum(), 1e-30),
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(cost[None], ub=1)],
-        options={"mip_rel_gap": 0.0, "time_limit": TIME_LIMIT_S},
-    )
-    if result.x is None:
-        raise NumericError(
-            f"the allocation of formats was not solved: {result.message}",
-            code="NU12",
-            fix="offer fewer candidates, or a budget further from the smallest one",
+def _solve(units: Units, budget: int) -> dict[str, Choice]:
+    """The optimum over undominated options."""
+    price, chosen = _relax(units, budget)
+    chosen = _spend_leftover(chosen, units, budget)
+    if price == 0:
+        return chosen
+    lowest = {u: min(c.score + price * c.cost for c in options) for u, options in units.items()}
+    spent = sum(c.cost for c in chosen.values())
+    gap = math.fsum(c.score + price * c.cost - lowest[u] for u, c in chosen.items())
+    gap += price * (budget - spent)
+    gap += ROUNDING * math.fsum(abs(c.score) for options in units.values() for c in options)
+    left = {
+        u: [c for c in options if c.score + price * c.cost - lowest[u] <= gap]
+        for u, options in units.items()
+    }
+    return _Search(left, budget=budget, price=price, gap=gap).solve() or chosen
+
+
+def _relax(units: Units, budget: int) -> tuple[float, dict[str, Choice]]:
+    """Price of a byte where the budget sells out (0 if it never does), and a greedy allocation."""
+    chosen = {unit: options[0] for unit, options in units.items()}
+    left = budget - sum(c.cost for c in chosen.values())
+    steps = [step for options in units.values() for step in _hull_steps(options)]
+    price = 0.0
+    for worth, before, after in sorted(steps, key=lambda step: -step[0]):
+        if chosen[after.unit] is before and after.cost - before.cost <= left:
+            chosen[after.unit] = after
+            left -= after.cost - before.cost
+        elif price == 0:
+            price = worth
+    return price, chosen
+
+
+def _hull_steps(options: list[Choice]) -> list[tuple[float, Choice, Choice]]:
+    """Steps along the lower convex hull: (damage saved per byte, before, after), worth falling."""
+    hull: list[Choice] = []
+    for choice in options:
+        while len(hull) > 1 and _worth(hull[-2], hull[-1]) <= _worth(hull[-2], choice):
+            hull.pop()
+        hull.append(choice)
+    return [(_worth(a, b), a, b) for a, b in itertools.pairwise(hull)]
+
+
+def _worth(before: Choice, after: Choice) -> float:
+    """Damage saved per byte."""
+    return (before.score - after.score) / (after.cost - before.cost)
+
+
+class _Search:
+    """Dynamic programming over units; a state is (bytes, score, excess r) of the units so far."""
+
+    def __init__(self, units: Units, *, budget: int, price: float, gap: float) -> None:
+        # units with one option left first: they cost nothing to pass
+        self.units = dict(sorted(units.items(), key=lambda item: len(item[1])))
+        self.order = list(units)
+        self.budget, self.price, self.gap = budget, price, gap
+
+    def solve(self) -> dict[str, Choice] | None:
+        """The optimum, or None if rounding left no state."""
+        rest_low = sum(options[0].cost for options in self.units.values())
+        rest_high = sum(options[-1].cost for options in self.units.values())
+        cost, score, excess = np.zeros(1, np.int64), np.zeros(1), np.zeros(1)
+        trail: list[Ints] = []
+        for options in self.units.values():
+            rest_low -= options[0].cost
+            rest_high -= options[-1].cost
+            cost, score, excess = self._extend(options, cost, score, excess)
+            kept = self._promising(cost, score, excess, rest_low, rest_high)
+            cost, score, excess = cost[kept], score[kept], excess[kept]
+            trail.append(kept)
+        return self._backtrack(trail) if len(cost) else None
+
+    def _extend(
+        self, options: list[Choice], cost: Ints, score: Floats, excess: Floats
+    ) -> tuple[Ints, Floats, Floats]:
+        """All states times all options; the option varies fastest."""
+        costs = np.array([c.cost for c in options], np.int64)
+        scores = np.array([c.score for c in options])
+        reduced = scores + self.price * costs
+        reduced -= reduced.min()
+        return (
+            (cost[:, None] + costs).ravel(),
+            (score[:, None] + scores).ravel(),
+            (excess[:, None] + reduced).ravel(),
         )
-    taken = [choice for choice, value in zip(flat, result.x, strict=True) if value > 0.5]
-    return _within(dict(zip(units, taken, strict=True)), units, budget)
+
+    def _promising(
+        self, cost: Ints, score: Floats, excess: Floats, rest_low: int, rest_high: int
+    ) -> Ints:
+        """Indices of undominated states that can still end within the budget and the gap."""
+        unused = np.maximum(self.budget - cost - rest_high, 0)
+        possible = (cost + rest_low <= self.budget) & (excess + self.price * unused <= self.gap)
+        index: Ints = np.flatnonzero(possible)
+        index = index[np.lexsort((score[index], cost[index]))]
+        best = np.minimum.accumulate(np.concatenate([[np.inf], score[index]]))
+        return index[score[index] < best[:-1]]
+
+    def _backtrack(self, trail: list[Ints]) -> dict[str, Choice]:
+        """Options of the last state: states are sorted by rising cost and falling score."""
+        state, taken = -1, {}
+        for (unit, options), kept in zip(
+            reversed(self.units.items()), reversed(trail), strict=True
+        ):
+            state, option = divmod(int(kept[state]), len(options))
+            taken[unit] = options[option]
+        return {unit: taken[unit] for unit in self.order}
 
 
-def _objective(units: dict[str, list[Choice]]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """Scores, each unit's lowest shifted to 0, the largest scaled to SCORE_SCALE."""
-    shifted = [c.score - options[-1].score for options in units.values() for c in options]
-    largest = max(shifted, default=0.0)
-    return np.array(shifted) * (SCORE_SCALE / largest if largest > 0 else 1.0)
-
-
-def _within(
-    chosen: dict[str, Choice], units: dict[str, list[Choice]], budget: int
-) -> dict[str, Choice]:
-    """Undo an overrun of the budget inside the solver's tolerance, at the least loss per byte."""
-    while sum(c.cost for c in chosen.values()) > budget:
-        steps = [
-            ((lower.score - now.score) / (now.cost - lower.cost), lower)
-            for unit, now in chosen.items()
-            for lower in units[unit]
-            if lower.cost < now.cost
-        ]
-        best = min(steps, key=lambda step: step[0])[1]
-        chosen = {**chosen, best.unit: best}
-    return chosen
-
-
-def _spend_leftover(
-    chosen: dict[str, Choice], units: dict[str, list[Choice]], budget: int
-) -> dict[str, Choice]:
+def _spend_leftover(chosen: dict[str, Choice], units: Units, budget: int) -> dict[str, Choice]:
     """Take the best single upgrade that still fits, as long as there is one."""
     while True:
         left = budget - sum(c.cost for c in chosen.values())
