@@ -104,6 +104,20 @@ def test_links_into_the_blobs_of_a_hub_cache_are_followed(tiny_models: Models, t
     assert open_checkpoint(snapshot, strict=True).read("model.norm.weight").shape == (64,)
 
 
+def test_links_into_the_users_own_hub_cache_are_followed(
+    tiny_models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = Path(shutil.copytree(tiny_models("llama"), tmp_path / "m"))
+    blobs = tmp_path / "hub" / "models--a--b" / "blobs"
+    blobs.mkdir(parents=True)
+    (folder / "model.safetensors").rename(blobs / "hash")
+    (folder / "model.safetensors").symlink_to(blobs / "hash")
+    with pytest.raises(CheckpointError, match="leaves"):
+        open_checkpoint(folder)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert open_checkpoint(folder, strict=True).notes == ()
+
+
 def test_gpt2_names_without_their_prefix_and_old_buffers_are_known(
     tiny_models: Models, tmp_path: Path
 ):

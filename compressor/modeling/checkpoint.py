@@ -7,7 +7,6 @@ time, in memory of their own, through `Checkpoint.read`.
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -340,8 +339,3 @@ def _digest(raw_config: bytes, headers: Iterable[FileHeader]) -> str:
         total.update(hashlib.sha256(header.raw).digest())
         total.update(f"{header.file}\0{header.size}\n".encode())
     return total.hexdigest()
-
-
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a tensor's name matches one of the patterns (`*`, `?` as in file names)."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -127,14 +128,12 @@ def check_complete(
     Raises:
         CheckpointError: CK21 (absent), CK23 or CK29 (shape), CK22 (unexpected, when strict).
     """
-    from compressor.modeling.checkpoint import matches
-
     want = want or expected(checkpoint.config)
     have = _long_names(checkpoint, want)
     shapes = _as_saved(want, have)
     missing = [n for n in shapes if n not in have and not _is_packed(n, have)]
     missing = [n for n in missing if not _tied_elsewhere(n, want, have)]
-    absent = [n for n in missing if not matches(n, allow_missing)]
+    absent = [n for n in missing if not any(fnmatchcase(n, p) for p in allow_missing)]
     if absent:
         raise _absent(absent, checkpoint)
     for name, shape in shapes.items():

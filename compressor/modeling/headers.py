@@ -83,12 +83,18 @@ def bad(
     return CheckpointError(message, code=code, where=where, why=why, fix=fix)
 
 
-def _cache_roots(folder: Path) -> list[Path]:
-    """Folders a checkpoint's links may lead into: itself, and the blobs of a hub cache."""
-    roots = [folder.resolve()]
-    if folder.resolve().parent.name == "snapshots":
-        roots.append(folder.resolve().parent.parent / "blobs")
-    return roots
+def _may_lead_to(folder: Path, target: Path) -> bool:
+    """Whether a file of `folder` may lie at `target`: inside it, or in the blobs of a hub cache."""
+    home = folder.resolve()
+    if target.is_relative_to(home):
+        return True
+    if target.parent.name != "blobs":
+        return False
+    import huggingface_hub
+
+    cache = Path(huggingface_hub.constants.HF_HUB_CACHE).resolve()
+    beside = home.parent.name == "snapshots" and target.parent.parent == home.parent.parent
+    return beside or target.is_relative_to(cache)
 
 
 @contextmanager
@@ -105,7 +111,7 @@ def open_regular(folder: Path, name: str) -> Iterator[tuple[BinaryIO, int]]:
         raise bad(
             f"cannot be opened ({error.__class__.__name__})", "CK21", where=Where(file=name)
         ) from None
-    if not any(target.is_relative_to(root) for root in _cache_roots(folder)):
+    if not _may_lead_to(folder, target):
         raise bad(
             "the file is a link that leaves the checkpoint folder",
             "CK17",
