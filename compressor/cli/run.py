@@ -110,4 +110,8 @@ def _show_plan(recipe: Recipe, manner: Manner) -> None:
     if manner.as_json:
         console.show_json(plan.as_json())
     else:
-        console.show_table(plan.rows, title=f"plan of {recipe.name}")
+        console.show_table(plan.values, title=f"{recipe.name}: every value and its origin")
+        console.show_table(plan.patterns, title="what each pattern matches")
+        console.show_table(plan.costs, title="what it will cost")
+        for note in plan.notes:
+            console.show(f"note: {note}")

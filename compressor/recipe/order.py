@@ -8,6 +8,7 @@ on the same tokens); and nothing may throw away what an earlier stage made.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from compressor.errors import RecipeError
@@ -107,6 +108,16 @@ def _keeps_quantized_shapes(recipe: Recipe, index: int) -> None:
         )  # fmt: skip
 
 
+def _quantizes_once(recipe: Recipe, index: int) -> None:
+    kinds = [stage.kind for stage in recipe.stages[:index]]
+    if recipe.stages[index].kind == "quantize" and "quantize" in kinds:
+        raise _conflict(
+            recipe, kinds.index("quantize"), index,
+            "{later} would quantize what {earlier} has quantized already",
+            "keep one of them; mix formats with budget and protect",
+        )  # fmt: skip
+
+
 def _student_comes_first(recipe: Recipe, index: int) -> None:
     stage = recipe.stages[index]
     if not (isinstance(stage, DistillConfig) and stage.student is not None):
@@ -147,12 +158,13 @@ def _budget_is_reachable(recipe: Recipe, index: int) -> None:
     presets = [candidate_preset(label, stage.preset.group_size) for label in stage.candidates]
     floor = min(16.0 if preset is None else preset.bits_per_weight for preset in presets)
     if stage.budget.average_bits < floor:
+        feasible = math.ceil(floor * 1000) / 1000
         raise RecipeError(
             f"average_bits {stage.budget.average_bits:g} (line "
             f"{stage.where('budget.average_bits').line or '-'}) is below the smallest candidate "
-            f"(line {stage.where('candidates').line or '-'}), which takes {floor:g}",
+            f"(line {stage.where('candidates').line or '-'}), which takes {feasible:g}",
             code="RC17", where=stage.where("budget.average_bits"),
-            fix=f"use at least {floor:g}, or add a smaller candidate of {', '.join(SCHEMES)}",
+            fix=f"use at least {feasible:g}, or add a smaller candidate of {', '.join(SCHEMES)}",
         )  # fmt: skip
 
 
@@ -193,6 +205,7 @@ _CHECKS: tuple[Callable[[Recipe, int], None], ...] = (
     _looks_only_at_packed,
     _calibrate_before,
     _keeps_quantized_shapes,
+    _quantizes_once,
     _student_comes_first,
     _scales_need_a_grid,
     _warmup_within_steps,

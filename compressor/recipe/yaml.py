@@ -112,9 +112,11 @@ def _syntax_error(error: MarkedYAMLError, text: str, file: str) -> RecipeError:
     lines = text.splitlines()
     source = lines[mark.line] if mark.line < len(lines) else ""
     caret = " " * mark.column + "^"
+    start = error.context_mark.line + 1 if error.context_mark else mark.line + 1
+    begun = f" ({error.context}, begun on line {start})" if start != mark.line + 1 else ""
     is_tab = "\t" in source[: mark.column + 1]
     return RecipeError(
-        f"YAML syntax: {error.problem or error.context}",
+        f"YAML syntax: {error.problem or error.context}{begun}",
         code="RC02",
         where=Where(file=file, line=mark.line + 1, column=mark.column + 1),
         why="\n    " + source.replace("\t", "→") + "\n    " + caret,

@@ -23,6 +23,7 @@ from compressor.stages.context import StageContext
 from compressor.stages.selection import (
     Selection,
     Target,
+    block_linears,
     layer_format,
     scale_dtype,
     stored_dtype,
@@ -97,6 +98,25 @@ def allocate_formats(
         method=method,
         notes=_notes(config, selection),
     )
+
+
+def protect_most_sensitive(
+    config: QuantizeConfig, context: StageContext, formats: dict[str, LayerFormat]
+) -> list[str]:
+    """Linears of the most sensitive units (share `protect_auto`), ranked by output Fisher.
+
+    For runs without a budget; the linears named stay dense.
+    """
+    targets = [t for t in block_linears(context.state.skeleton()) if t.name in formats]
+    units: dict[str, list[Target]] = {}
+    for target in targets:
+        units.setdefault(target.unit, []).append(target)
+    options = [
+        UnitOption(u, config.scheme, ts[0].position, {t.linear: formats[t.name] for t in ts})
+        for u, ts in units.items()
+    ]
+    raised = _raised(config, _journaled_fisher(config, context, options))
+    return [t.name for t in targets if t.unit in raised]
 
 
 def unit_targets(selection: Selection) -> dict[str, list[Target]]:

@@ -18,7 +18,7 @@ from compressor.modeling.block import Block, block_tensors, load_block
 from compressor.modeling.state import BlockTensors, ModelState
 from compressor.recipe import QuantizeConfig
 from compressor.stages.blockwise import Rewritten, Sweep, full_names
-from compressor.stages.budget import Allocation, allocate_formats
+from compressor.stages.budget import Allocation, allocate_formats, protect_most_sensitive
 from compressor.stages.context import StageContext, StageReport
 from compressor.stages.selection import fallbacks, select, uniform_formats
 from compressor.stages.solve import BlockSolver, Formats, round_to_nearest
@@ -34,10 +34,14 @@ def apply(config: QuantizeConfig, context: StageContext) -> StageReport:
     skeleton = context.state.skeleton()
     selection = select(config, skeleton)
     _check_dense(context.state, config)
-    notes: list[str] = []
+    notes: list[str] = list(selection.notes)
     uniform = uniform_formats(config, selection, context.state)
     if config.budget is None:
         notes += fallbacks(uniform, config.preset)
+        if config.protect_auto:
+            kept = protect_most_sensitive(config, context, uniform)
+            notes.append(f"protected as the most sensitive: {', '.join(kept)}")
+            uniform = {name: fmt for name, fmt in uniform.items() if name not in kept}
         chosen = _materialise(config, context, uniform, "")
         facts: dict[str, Any] = {"allocation": None}
     else:

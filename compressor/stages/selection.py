@@ -43,6 +43,7 @@ class Selection:
     targets: tuple[Target, ...]
     protected: tuple[Target, ...]
     matched: dict[str, list[str]]
+    notes: tuple[str, ...] = ()
 
 
 def block_linears(skeleton: Skeleton) -> list[Target]:
@@ -59,10 +60,10 @@ def block_linears(skeleton: Skeleton) -> list[Target]:
 
 
 def select(config: QuantizeConfig, skeleton: Skeleton) -> Selection:
-    """Apply targets, ignore and protect patterns.
+    """Apply targets, ignore and protect patterns; a fused group is quantized whole or not at all.
 
     Raises:
-        RecipeError: a pattern matches nothing (RC14), or protection splits a fused group (RC17).
+        RecipeError: a pattern matches nothing (RC14).
         UnsupportedError: the linears are GPT-2's Conv1D, for which no portable format exists.
     """
     linears = block_linears(skeleton)
@@ -75,25 +76,15 @@ def select(config: QuantizeConfig, skeleton: Skeleton) -> Selection:
     )
     kept = match_names(config.protect, names, where=config.where("protect"))
     out = {n for found in (ignored, kept) for hits in found.values() for n in hits}
-    wanted = {n for hits in chosen.values() for n in hits}
-    targets = tuple(t for t in linears if t.name in wanted - out)
-    protected = tuple(t for t in linears if t.name not in wanted - out)
-    _check_fused(targets, protected, config.where("protect"))
+    wanted = {n for hits in chosen.values() for n in hits} - out
+    dense_units = {t.unit for t in linears if t.name not in wanted}
+    targets = tuple(t for t in linears if t.unit not in dense_units)
+    protected = tuple(t for t in linears if t.unit in dense_units)
     _check_types(skeleton)
-    return Selection(targets, protected, {**chosen, **ignored, **kept})
-
-
-def _check_fused(
-    targets: tuple[Target, ...], protected: tuple[Target, ...], where: Where
-) -> None:
-    torn = {t.unit for t in targets} & {t.unit for t in protected}
-    if torn:
-        raise RecipeError(
-            f"engines fuse {sorted(torn)[0]}; one part of it is quantized and another is not",
-            code="RC17",
-            where=where,
-            fix="protect or ignore all parts of the fused group, or none",
-        )
+    extended = [t.name for t in protected if t.name in wanted]
+    notes = [f"engines fuse them with protected layers, so they stay dense too: {extended}"]
+    matched = {**chosen, **ignored, **kept}
+    return Selection(targets, protected, matched, tuple(notes) if extended else ())
 
 
 def _check_types(skeleton: Skeleton) -> None:

@@ -1,0 +1,202 @@
+"""The loop over stages: from a recipe to a published artifact.
+
+    open model (headers) -> preflight -> lock the run folder -> stages in order -> card and report
+    -> publish with one rename, or keep aside if the quality gate does not pass
+
+Everything that is finished is in the run folder's journal; running the same recipe again goes on
+where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import compressor
+from compressor.errors import GateError
+from compressor.modeling.checkpoint import open_checkpoint
+from compressor.modeling.hub import ResolvedModel, resolve_model
+from compressor.modeling.state import ModelState
+from compressor.plan import preflight
+from compressor.recipe import Recipe, dump_recipe
+from compressor.report import write_outcome
+from compressor.run_dir import RunDir, check_output, publish, recover_output
+from compressor.stages import calibrate, distill, evaluate, pack, prune, quantize, verify
+from compressor.stages.context import StageContext, StageReport
+
+log = logging.getLogger("compressor.pipeline")
+Apply = Callable[[Any, StageContext], StageReport]
+
+STAGES: dict[str, Apply] = {
+    "calibrate": calibrate.apply,
+    "quantize": quantize.apply,
+    "prune": prune.apply,
+    "distill": distill.apply,
+    "pack": pack.apply,
+    "verify": verify.apply,
+    "evaluate": evaluate.apply,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How to run, as opposed to what.
+
+    Args:
+        run_dir: default `<output>.run`.
+        fresh: forget what an earlier run finished.
+        overwrite: replace an existing output (it stays until the new one is complete).
+        break_lock: take over a lock of another host.
+        command: the command line, for the model card.
+    """
+
+    run_dir: Path | None = None
+    fresh: bool = False
+    overwrite: bool = False
+    break_lock: bool = False
+    command: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """Where the artifact is, what the gate said, and the numbers of the summary table."""
+
+    output: Path
+    verdict: str
+    report: Path | None
+    summary: dict[str, Any]
+
+
+@dataclass(slots=True)
+class Progress:
+    """What the stages before the present one left."""
+
+    state: ModelState
+    tokens: Any = None
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def run(recipe: Recipe, options: RunOptions) -> RunResult:
+    """Run a recipe, or go on with it.
+
+    Raises:
+        CompressError: see `compressor.errors`; GateError when the gate does not pass (the artifact
+            is then complete at `<output>.rejected`).
+    """
+    output = Path(recipe.output).absolute()
+    recover_output(output)
+    check_output(output, overwrite=options.overwrite)
+    resolved = resolve_model(recipe.model.path, revision=recipe.model.revision)
+    checkpoint = open_checkpoint(
+        resolved.path,
+        trust_remote_code=recipe.model.trust_remote_code,
+        allow_missing=tuple(recipe.model.allow_missing),
+    )
+    original = ModelState.of_checkpoint(checkpoint)
+    run_path = options.run_dir or output.with_name(output.name + ".run")
+    preflight(recipe, original, run_path)
+    text = dump_recipe(recipe)
+    with RunDir.open(
+        run_path,
+        identity=_identity(recipe, original),
+        fresh=options.fresh,
+        break_lock=options.break_lock,
+    ) as folder:
+        (folder.path / "recipe.yaml").write_text(text, encoding="utf-8")
+        progress = Progress(original)
+        for index, config in enumerate(recipe.stages):
+            _run_stage(index, config, progress, _Frame(recipe, original, resolved, folder, text))
+        return _finish(recipe, options, progress, _Frame(recipe, original, resolved, folder, text))
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """What is the same for all stages of a run."""
+
+    recipe: Recipe
+    original: ModelState
+    source: ResolvedModel
+    folder: RunDir
+    text: str
+
+
+def _run_stage(index: int, config: Any, progress: Progress, frame: _Frame) -> None:
+    name = f"{index}-{config.kind}"
+    context = StageContext(
+        state=progress.state,
+        original=frame.original,
+        run=frame.folder.stage(index, config.kind),
+        tokens=progress.tokens,
+        artifact=frame.folder.artifact,
+        source=frame.source.path,
+        seed=frame.recipe.seed,
+        facts=progress.facts,
+        recipe_text=artifact_recipe(frame.recipe),
+    )
+    frame.folder.log({"event": "stage started", "stage": name})
+    start = time.monotonic()
+    report = STAGES[config.kind](config, context)
+    progress.state = report.state
+    progress.tokens = report.tokens or progress.tokens
+    progress.facts[name] = report.facts
+    progress.seconds[name] = round(time.monotonic() - start, 3)
+    frame.folder.log({"event": "stage finished", "stage": name, "s": progress.seconds[name]})
+    for note in report.facts.get("notes", []):
+        log.warning("%s: %s", name, note)
+
+
+def artifact_recipe(recipe: Recipe) -> str:
+    """The recipe as it goes into the artifact: no paths of this machine."""
+    plain = recipe.model_copy(update={"output": Path(recipe.output).name})
+    model = recipe.model.model_copy(update={"path": shown_source(recipe.model.path)})
+    return dump_recipe(plain.model_copy(update={"model": model}))
+
+
+def shown_source(path: str) -> str:
+    """A model's source as it may be shown: hub ids whole, folders by name."""
+    return Path(path).name if Path(path).exists() else path
+
+
+def _identity(recipe: Recipe, original: ModelState) -> dict[str, str]:
+    """Everything that decides the result; a resumed run must have the same."""
+    stages = dump_recipe(recipe.model_copy(update={"output": "out"}))
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    return {
+        "recipe": hashlib.sha256(stages.encode()).hexdigest(),
+        "model": original.checkpoint.digest,
+        "version": compressor.__version__,
+        "threads": threads or "default",
+    }
+
+
+def _finish(
+    recipe: Recipe, options: RunOptions, progress: Progress, frame: _Frame
+) -> RunResult:
+    """Card and report into the artifact, then publish it or keep it aside."""
+    verdict = _verdict(progress.facts)
+    report, summary = write_outcome(recipe, progress, frame.folder.artifact, frame.source)
+    output = Path(recipe.output).absolute()
+    if verdict in ("pass", "none"):
+        publish(frame.folder.artifact, output, overwrite=options.overwrite)
+        return RunResult(output, verdict, output / report.name, summary)
+    aside = output.with_name(output.name + ".rejected")
+    publish(frame.folder.artifact, aside, overwrite=True)
+    for facts in progress.facts.values():
+        if "verdict" in facts:
+            evaluate.check_gate(facts, aside)
+    raise GateError(f"quality gate: {verdict}", code="GATE")
+
+
+def _verdict(facts: dict[str, dict[str, Any]]) -> str:
+    found = [f["verdict"]["status"] for f in facts.values() if "verdict" in f]
+    for status in ("fail", "inconclusive", "pass"):
+        if status in found:
+            return status
+    return "none"

@@ -1,0 +1,279 @@
+"""What a run will cost and give, before it starts: from headers, shapes and the recipe alone.
+
+Bytes of a uniform scheme are exact; with a budget they are the budget. Memory and time are
+estimates whose formulas stand beside them. `preflight` refuses what cannot work: patterns that
+match nothing, groups that do not fit, a disk that is too small.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compressor.errors import RecipeError, ResourceError, Where
+from compressor.modeling.checkpoint import open_checkpoint
+from compressor.modeling.hub import resolve_model
+from compressor.modeling.skeleton import Skeleton
+from compressor.modeling.state import ModelState
+from compressor.recipe import (
+    CalibrateConfig,
+    DistillConfig,
+    EvaluateConfig,
+    PackConfig,
+    PruneConfig,
+    QuantizeConfig,
+    Recipe,
+    parse_size,
+)
+from compressor.stages.budget import legal_candidates
+from compressor.stages.selection import (
+    Selection,
+    block_linears,
+    fallbacks,
+    select,
+    stored_dtype,
+    uniform_formats,
+)
+
+BASE_MEMORY = 600 << 20  # interpreter, torch and transformers
+RESHAPING = (PruneConfig, DistillConfig)  # stages after which names and shapes may differ
+DENSE_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Tables for people and the same as JSON.
+
+    values: every key of the resolved recipe, its value and where it came from.
+    patterns: what every pattern matched.
+    costs: bytes, memory, disk and time.
+    notes: fallbacks that will be taken.
+    """
+
+    values: list[dict[str, Any]]
+    patterns: list[dict[str, Any]]
+    costs: list[dict[str, Any]]
+    notes: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        """One object."""
+        return {name: getattr(self, name) for name in Plan.__slots__}
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Plan a recipe; reads headers, no weights.
+
+    Raises:
+        CompressError: whatever would stop the run before it starts.
+    """
+    resolved = resolve_model(recipe.model.path, revision=recipe.model.revision)
+    checkpoint = open_checkpoint(
+        resolved.path,
+        trust_remote_code=recipe.model.trust_remote_code,
+        allow_missing=tuple(recipe.model.allow_missing),
+    )
+    state = ModelState.of_checkpoint(checkpoint)
+    patterns, notes = _patterns(recipe, state)
+    return Plan(_values(recipe), patterns, _costs(recipe, state), notes)
+
+
+def preflight(recipe: Recipe, state: ModelState, run_path: Path) -> None:
+    """Refuse a run that cannot succeed.
+
+    Raises:
+        RecipeError: patterns, formats or group sizes that do not fit the model.
+        ResourceError: not enough disk (RE01).
+    """
+    _patterns(recipe, state)
+    needed = disk_bytes(recipe, state)
+    there = next(p for p in (run_path, *run_path.parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise ResourceError(
+            f"the run needs about {needed:,} bytes of disk, {free:,} are free",
+            code="RE01",
+            where=Where(str(run_path)),
+            why="Nothing was started.",
+            fix="free some space, or choose another place with --run-dir",
+        )
+
+
+def _values(recipe: Recipe) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+
+    def visit(value: Any, path: str) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                visit(item, f"{path}.{key}" if path else key)
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            for index, item in enumerate(value):
+                visit(item, f"{path}.{index}")
+        else:
+            line = recipe.line_of(path)
+            origin = f"line {line}" if line else "default"
+            rows.append({"key": path, "value": value, "origin": origin})
+
+    visit(recipe.model_dump(), "")
+    return rows
+
+
+def _patterns(recipe: Recipe, state: ModelState) -> tuple[list[dict[str, Any]], list[str]]:
+    """What patterns match, as long as names are those of the original model."""
+    rows: list[dict[str, Any]] = []
+    notes: list[str] = []
+    skeleton = state.skeleton()
+    for index, stage in enumerate(recipe.stages):
+        if isinstance(stage, QuantizeConfig):
+            selection = select(stage, skeleton)
+            notes += _check_formats(stage, selection, state)
+            for pattern, names in selection.matched.items():
+                first = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+                row = {"stage": f"{index}-quantize", "pattern": pattern}
+                rows.append(row | {"matches": len(names), "first": first})
+        if _reshapes(stage):
+            break
+    return rows, notes
+
+
+def _reshapes(stage: Any) -> bool:
+    if isinstance(stage, PruneConfig):
+        return stage.width is not None or stage.depth is not None
+    return isinstance(stage, DistillConfig) and stage.student is not None
+
+
+def _check_formats(stage: QuantizeConfig, selection: Selection, state: ModelState) -> list[str]:
+    if not selection.targets:
+        raise RecipeError(
+            "no linear layer is left to quantize", code="RC14", where=stage.where("targets")
+        )
+    uniform = uniform_formats(stage, selection, state)
+    if stage.budget is None:
+        return fallbacks(uniform, stage.preset)
+    legal_candidates(stage)
+    return []
+
+
+def weight_bytes(recipe: Recipe, state: ModelState) -> tuple[int, bool]:
+    """Bytes of the artifact's weight files, and whether they are exact."""
+    total = sum(info.nbytes for info in state.checkpoint.tensors.values())
+    exact = True
+    skeleton = state.skeleton()
+    for stage in recipe.stages:
+        if isinstance(stage, QuantizeConfig):
+            selection = select(stage, skeleton)
+            dense = DENSE_BYTES.get(stored_dtype(state), 2)
+            weights = sum(t.shape[0] * t.shape[1] for t in selection.targets)
+            if stage.budget is None:
+                formats = uniform_formats(stage, selection, state)
+                packed = sum(formats[t.name].packed_bytes(t.shape) for t in selection.targets)
+                total += packed - weights * dense
+                exact = exact and not stage.protect_auto
+            elif stage.budget.size is not None:
+                total, exact = min(total, parse_size(stage.budget.size)), False
+            else:
+                bits = stage.budget.average_bits or 16.0
+                total, exact = total - weights * dense + int(weights * bits / 8), False
+        elif _reshapes(stage):
+            exact = False
+    return total, exact
+
+
+def disk_bytes(recipe: Recipe, state: ModelState) -> int:
+    """Peak disk: a copy of the blocks for each stage that changes weights, and the artifact."""
+    size, _ = weight_bytes(recipe, state)
+    original = sum(info.nbytes for info in state.checkpoint.tensors.values())
+    changing = sum(isinstance(s, RESHAPING) for s in recipe.stages)
+    quantizing = sum(
+        2 if s.budget is not None else 1 for s in recipe.stages if isinstance(s, QuantizeConfig)
+    )
+    packs = any(isinstance(s, PackConfig) for s in recipe.stages)
+    return original * changing + size * (quantizing + packs) + (64 << 20)
+
+
+def memory_bytes(recipe: Recipe, state: ModelState) -> int:
+    """Peak memory: one block in its stored form twice, statistics, a micro-batch, the outer part.
+
+    Distillation and evaluation hold whole models: both count as float32.
+    """
+    skeleton = state.skeleton()
+    blocks = _block_weights(skeleton)
+    stored = DENSE_BYTES.get(stored_dtype(state), 2)
+    widest = max((t.shape[1] for t in block_linears(skeleton)), default=0)
+    largest = max((t.shape[0] * t.shape[1] for t in block_linears(skeleton)), default=0)
+    total = sum(info.nbytes for info in state.checkpoint.tensors.values()) // stored
+    outer = total - sum(blocks)
+    walk = max(blocks) * (stored + 2) + 6 * 4 * widest**2 + 3 * 4 * largest + 4 * outer
+    whole = 8 * total if _holds_whole_models(recipe) else 0
+    return BASE_MEMORY + max(walk, whole)
+
+
+def _holds_whole_models(recipe: Recipe) -> bool:
+    return any(isinstance(s, (DistillConfig, EvaluateConfig)) for s in recipe.stages)
+
+
+def _block_weights(skeleton: Skeleton) -> list[int]:
+    sums = [0] * skeleton.num_blocks
+    for target in block_linears(skeleton):
+        sums[target.position] += target.shape[0] * target.shape[1]
+    return sums
+
+
+def seconds(recipe: Recipe, state: ModelState) -> float:
+    """Floating-point work of the stages over the measured speed of this machine, within 2-3 times."""
+    stored = DENSE_BYTES.get(stored_dtype(state), 2)
+    weights = sum(info.nbytes for info in state.checkpoint.tensors.values()) / stored
+    widths = [t.shape for t in block_linears(state.skeleton())]
+    solve = sum(rows * cols**2 * 2 + cols**3 * 2 for rows, cols in widths)
+    hessians = 2 * sum(cols**2 for _, cols in widths) / 2
+    tokens, work = 0, 0.0
+    for stage in recipe.stages:
+        if isinstance(stage, CalibrateConfig):
+            tokens = stage.data.num_samples * stage.data.seq_len
+            work += 2 * weights * tokens
+        elif isinstance(stage, QuantizeConfig) and stage.method == "gptq":
+            passes = 2 if stage.budget is not None else 1
+            work += passes * (solve + tokens * (12 * weights + hessians))
+        elif isinstance(stage, PruneConfig):
+            work += solve + tokens * (12 * weights + hessians)
+        elif isinstance(stage, DistillConfig):
+            work += 10 * weights * stage.steps * stage.batch_size * stage.data.seq_len
+        elif isinstance(stage, EvaluateConfig):
+            work += 5 * weights * stage.data.num_samples * stage.data.seq_len
+    return work / _flops()
+
+
+@cache
+def _flops() -> float:
+    """Measured fp32 speed of this machine, FLOP/s."""
+    a = torch.randn(768, 768)
+    a @ a
+    start = time.perf_counter()
+    for _ in range(8):
+        a @ a
+    return 8 * 2 * 768**3 / max(time.perf_counter() - start, 1e-6)
+
+
+def _costs(recipe: Recipe, state: ModelState) -> list[dict[str, Any]]:
+    size, exact = weight_bytes(recipe, state)
+    original = sum(info.nbytes for info in state.checkpoint.tensors.values())
+    return [
+        {"what": "original weights, bytes", "value": original, "kind": "exact"},
+        {
+            "what": "artifact weights, bytes",
+            "value": size,
+            "kind": "exact" if exact else "at most (budget or shapes decide)",
+        },
+        {"what": "peak memory, bytes", "value": memory_bytes(recipe, state), "kind": "estimate"},
+        {"what": "peak disk, bytes", "value": disk_bytes(recipe, state), "kind": "estimate"},
+        {
+            "what": "time, seconds",
+            "value": round(seconds(recipe, state), 1),
+            "kind": "estimate within 2-3 times",
+        },
+    ]

@@ -1,0 +1,125 @@
+"""Calibrate: fix the token rows of the later stages, and look at what the model does on them.
+
+One pass of the original over the rows, block by block: every activation is checked to be finite,
+and for each linear the mean square of every input, dead inputs and the tokens each expert saw are
+noted. Stages that solve for weights collect their own statistics again, because they need them
+behind the blocks that are compressed already.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.data import TokenRows, token_rows
+from compressor.errors import CheckpointError, RecipeError, Where
+from compressor.modeling.activations import ActivationStore
+from compressor.modeling.block import Block, input_phases, inputs_of
+from compressor.modeling.load import load_tokenizer
+from compressor.modeling.skeleton import parse_config
+from compressor.modeling.walk import Walk
+from compressor.recipe import CalibrateConfig, DataConfig
+from compressor.stages.context import StageContext, StageReport
+
+
+def apply(config: CalibrateConfig, context: StageContext) -> StageReport:
+    """Make the rows and note the statistics.
+
+    Raises:
+        DataError: the text cannot be used (CA rows).
+        NumericError: non-finite activations (NU01).
+    """
+    rows = rows_for(config.data, context)
+    _check_same(rows, config, context)
+    walk = Walk(context.state, rows, context.walk_options())
+    stream = walk.open_stream("calibrate")
+    facts: dict[str, Any] = {}
+    for position in range(walk.num_blocks):
+        unit = f"block-{position:04d}"
+        block = walk.load(position)
+        if not context.run.is_done(unit):
+            found = _statistics(walk, stream, block, position)
+            tensors = {name: square for name, (square, _) in found.items()}
+            counts = {name: count for name, (_, count) in found.items()}
+            context.run.commit(unit, tensors, {"tokens": counts, "dead": _dead(tensors)})
+        facts[walk.block_name(position)] = context.run.meta(unit)
+        walk.advance(stream, block, position)
+        event = {"unit": unit, "index": position + 1, "total": walk.num_blocks}
+        context.run.progress(event)
+    stream.close()
+    state = replace(context.state, trail=(*context.state.trail, "calibrate"))
+    return StageReport(state, _facts(rows, facts), tokens=rows)
+
+
+def rows_for(data: DataConfig, context: StageContext) -> TokenRows:
+    """Token rows of a recipe's data for the model of this run."""
+    tokenizer = load_tokenizer(context.source)
+    if tokenizer is None:
+        raise CheckpointError(
+            "the model has no tokenizer, so text cannot be turned into tokens",
+            code="CK37",
+            where=Where(str(context.source)),
+            fix="copy tokenizer.json and tokenizer_config.json into the folder",
+        )
+    config = parse_config(context.state.config).get_text_config()
+    return token_rows(
+        data if data.seed is not None else data.model_copy(update={"seed": context.seed}),
+        tokenizer,
+        vocab_size=config.vocab_size,
+        max_positions=getattr(config, "max_position_embeddings", None),
+    )
+
+
+def _check_same(rows: TokenRows, config: CalibrateConfig, context: StageContext) -> None:
+    """A resumed run must see the rows it began with (KI13)."""
+    if not context.run.is_done("tokens"):
+        context.run.commit("tokens", {"tokens": rows.tokens}, {"digest": rows.digest})
+    if context.run.meta("tokens")["digest"] != rows.digest:
+        raise RecipeError(
+            "the calibration text has changed since this run began",
+            code="KI13",
+            where=config.where("data"),
+            why="Going on would mix two runs. Nothing was changed.",
+            fix="restore the text, or start anew with --fresh",
+        )
+
+
+@torch.no_grad()
+def _statistics(
+    walk: Walk, stream: ActivationStore, block: Block, position: int
+) -> dict[str, tuple[Tensor, int]]:
+    """Mean square [I] of each shared input (under its first linear's name) and its token count."""
+    first = next(walk.batches())
+    phases = input_phases(block, stream.read(first), walk.kwargs(first, position))
+    heads = [group[0] for phase in phases for group in phase]
+    sums = {n: torch.zeros(block.linears[n].shape[1], dtype=torch.float64) for n in heads}
+    counts = dict.fromkeys(heads, 0)
+    for rows in walk.batches():
+        seen = inputs_of(block, heads, stream.read(rows), walk.kwargs(rows, position))
+        for name, x in seen.items():
+            flat = x.reshape(-1, x.shape[-1]).double()
+            sums[name] += flat.square().sum(0)
+            counts[name] += len(flat)
+    return {n: ((sums[n] / max(counts[n], 1)).float(), counts[n]) for n in heads}
+
+
+def _dead(tensors: dict[str, Tensor]) -> dict[str, int]:
+    return {name: int((square == 0).sum()) for name, square in tensors.items()}
+
+
+def _facts(rows: TokenRows, blocks: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "digest": rows.digest,
+        "rows": list(rows.tokens.shape),
+        "notes": list(rows.notes),
+        "dead_inputs": sum(sum(b["dead"].values()) for b in blocks.values()),
+        "few_tokens": sorted(
+            f"{name}.{linear}"
+            for name, block in blocks.items()
+            for linear, count in block["tokens"].items()
+            if count < rows.tokens.numel() // 64
+        ),
+    }

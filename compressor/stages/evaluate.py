@@ -1,0 +1,182 @@
+"""Evaluate: the *saved* artifact against the original, paired on the same tokens.
+
+Both models are loaded from disk, the artifact with its packed kernels: what is measured is what
+will be served.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compressor.data import TokenRows, load_documents, overlap, token_rows
+from compressor.errors import CheckpointError, DataError, GateError, Where
+from compressor.modeling.hub import resolve_model
+from compressor.modeling.load import LoadedModel, load_model
+from compressor.modeling.load import load_tokenizer as read_tokenizer
+from compressor.recipe import DataConfig, EvaluateConfig
+from compressor.recipe import Gate as GateConfig
+from compressor.resources import resource_dir
+from compressor.stages.context import StageContext, StageReport
+from compressor_eval import tasks as task_metrics
+from compressor_eval.bos import probe_bos
+from compressor_eval.divergence import Comparison, compare, decode_worst
+from compressor_eval.gate import Gate, judge, tier
+
+SAMPLE_PROMPT_TOKENS = 48
+SAMPLE_NEW_TOKENS = 48
+
+
+def apply(config: EvaluateConfig, context: StageContext) -> StageReport:
+    """Measure, judge, and leave everything the report needs in the facts."""
+    if not context.run.is_done("evaluation"):
+        facts = evaluate_models(config, context.source, context.artifact)
+        context.run.commit_meta("evaluation", facts)
+    facts = context.run.meta("evaluation")
+    context.run.progress({"unit": "evaluation", "index": 1, "total": 1})
+    state = replace(context.state, trail=(*context.state.trail, "evaluate"))
+    return StageReport(state, facts)
+
+
+def evaluate_pair(base: str, artifact: Path, config: EvaluateConfig, out_dir: Path) -> dict[str, Any]:
+    """`compress eval`: compare two folders, write `report.json` into `out_dir`, judge by the gate.
+
+    Raises:
+        GateError: the gate failed or could not be decided (the report is written first).
+    """
+    import json
+
+    facts = evaluate_models(config, resolve_model(base).path, Path(artifact))
+    out_dir.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(facts, indent=1, sort_keys=True) + "\n"
+    (out_dir / "report.json").write_text(text, encoding="utf-8")
+    check_gate(facts, out_dir)
+    return {**facts["summary"], "verdict": facts["verdict"]["status"], "evaluation": facts}
+
+
+def check_gate(facts: dict[str, Any], kept_at: Path) -> None:
+    """Raise GateError unless the verdict is "pass" or there is no gate."""
+    verdict = facts["verdict"]
+    if verdict["status"] in ("pass", "none"):
+        return
+    missed = [r for r in verdict["reasons"] if r["status"] == verdict["status"]]
+    text = "; ".join(f"{r['metric']} {r['value']} (limit {r['limit']})" for r in missed)
+    raise GateError(
+        f"quality gate: {verdict['status']}: {text}",
+        code="GATE",
+        where=Where(str(kept_at)),
+        why="The output is complete and verified, but does not meet the limits of the recipe.",
+        fix="allow more bits, calibrate or distill longer, or change the gate",
+    )
+
+
+def evaluate_models(config: EvaluateConfig, original: Path, artifact: Path) -> dict[str, Any]:
+    """All measurements of one pair, as plain data without times."""
+    base, model = load_model(original, packed=False), load_model(artifact, packed=True)
+    rows = evaluation_rows(config.data, base)
+    comparison = compare(base.model, model.model, rows.tokens, mask=rows.mask)
+    bos = probe_bos(
+        base.model, rows.tokens, base.tokenizer.bos_token_id, tokenizer=base.tokenizer
+    )
+    tasks = _tasks(config, base, model)
+    verdict = judge(comparison, tasks, _gate(config.gate))
+    return {
+        "summary": summary(comparison) | {"tier": tier(comparison)},
+        "comparison": comparison.as_json(),
+        "worst": decode_worst(comparison, base.tokenizer),
+        "bos": bos.as_json(),
+        "tasks": task_metrics.as_json(tasks),
+        "verdict": verdict.as_json(),
+        "data": {"digest": rows.digest, "notes": list(rows.notes), "source": config.data.source},
+        "kernels": model.kernels,
+        "bytes": _sizes(base, model),
+    }
+
+
+def summary(comparison: Comparison) -> dict[str, float]:
+    """The handful of numbers that fit a table row."""
+    return {
+        "num_tokens": comparison.num_tokens,
+        "base_perplexity": comparison.base_perplexity,
+        "perplexity": comparison.perplexity,
+        "perplexity_ratio": comparison.perplexity_ratio,
+        "kl_mean": comparison.kl_mean,
+        "kl_p99": comparison.kl_p99,
+        "top1_agreement": comparison.top1_agreement,
+    }
+
+
+def evaluation_rows(config: DataConfig, base: LoadedModel) -> TokenRows:
+    """Token rows of the evaluation text, cut with the original's tokenizer."""
+    if base.tokenizer is None:
+        raise CheckpointError(
+            "the original has no tokenizer, so text cannot be evaluated",
+            code="CK37",
+            where=Where(str(base.checkpoint.path)),
+            fix="copy tokenizer.json and tokenizer_config.json into the folder",
+        )
+    text_config = base.model.config.get_text_config()
+    return token_rows(
+        config,
+        base.tokenizer,
+        vocab_size=text_config.vocab_size,
+        max_positions=getattr(text_config, "max_position_embeddings", None),
+    )
+
+
+def calibration_overlap(calibration: DataConfig, evaluation: DataConfig, source: Path) -> int:
+    """Documents that are in the calibration and in the evaluation text (CA15)."""
+    tokenizer = read_tokenizer(source)
+    try:
+        first = (d.text for d in load_documents(calibration, tokenizer))
+        second = (d.text for d in load_documents(evaluation, tokenizer))
+        return overlap(first, second)
+    except DataError:
+        return 0
+
+
+def samples(original: Path, artifact: Path, prompts: list[list[int]]) -> list[dict[str, str]]:
+    """Greedy continuations of the same prompts by both models, side by side."""
+    base, model = load_model(original, packed=False), load_model(artifact, packed=True)
+    rows = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        texts = {}
+        for name, loaded in (("original", base), ("artifact", model)):
+            out = loaded.model.generate(
+                ids, max_new_tokens=SAMPLE_NEW_TOKENS, do_sample=False, pad_token_id=0
+            )
+            texts[name] = loaded.tokenizer.decode(out[0, len(prompt) :])
+        rows.append({"prompt": base.tokenizer.decode(prompt), **texts})
+    return rows
+
+
+def _tasks(
+    config: EvaluateConfig, base: LoadedModel, model: LoadedModel
+) -> dict[str, task_metrics.TaskComparison]:
+    if not config.tasks:
+        return {}
+    path = resource_dir("tasks")
+    results = [
+        task_metrics.run_tasks(
+            m.model, m.tokenizer, config.tasks, limit=config.task_limit, include_path=path
+        )
+        for m in (base, model)
+    ]
+    return task_metrics.compare_tasks(*results)
+
+
+def _gate(config: GateConfig | None) -> Gate:
+    return Gate() if config is None else Gate(**config.model_dump())
+
+
+def _sizes(base: LoadedModel, model: LoadedModel) -> dict[str, int]:
+    return {
+        "original_weights": base.weight_bytes,
+        "resident_weights": model.weight_bytes,
+        "resident_quantized": model.resident_bytes,
+        "packed_quantized": model.packed_bytes,
+    }

@@ -1,0 +1,223 @@
+"""Verify: what lies on disk is what quantization meant, and it computes what it should.
+
+    1  every tensor's and file's SHA-256 is the manifest's
+    2  the folder passes the strict reader, every expected tensor is there and finite
+    3  packed words -> codes (independent reference reader) -> packed words gives the same bits
+    4  inside a run: codes, scales and zero points equal those of the units, bit for bit
+    5  tokens through the packed kernels and through the dense weights give the same logits
+
+Steps 1-3 and 5 need only the folder, so `compress verify DIR` repeats them at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.artifact.formats import LayerFormat
+from compressor.artifact.manifest import Manifest, listed_files, read_manifest
+from compressor.artifact.packing import PackedWeight, pack_weight, unpack_weight
+from compressor.errors import CompressError, VerificationError, Where
+from compressor.modeling.checkpoint import Checkpoint, open_checkpoint
+from compressor.modeling.load import load_model
+from compressor.recipe import VerifyConfig
+from compressor.stages.context import StageContext, StageReport
+from compressor.stages.kernels import kernels_match
+from compressor.stages.pack import gather
+
+DEFAULT_TOKENS = 64
+TOLERANCE = 2e-5  # relative to the largest logit, fp32: sums in another order, nothing else
+BF16_TOLERANCE = 2e-2
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What was checked; a report exists only if everything held."""
+
+    num_tensors: int
+    num_quantized: int
+    num_files: int
+    logits_difference: float
+    kernels: dict[str, int]
+    kernels_match: bool | None
+    notes: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """For reports and `--json`."""
+        return {name: getattr(self, name) for name in VerifyReport.__slots__}
+
+
+def apply(config: VerifyConfig, context: StageContext) -> StageReport:
+    """Verify the artifact of this run, also against the units it was made of.
+
+    Raises:
+        VerificationError: any difference, naming file and tensor.
+    """
+    report = verify_artifact(context.artifact, tokens=config.tokens)
+    compared = _compare_with_units(context)
+    context.run.progress({"unit": "artifact", "index": 1, "total": 1})
+    facts = report.as_json() | {"compared_with_units": compared}
+    state = replace(context.state, trail=(*context.state.trail, "verify"))
+    return StageReport(state, facts)
+
+
+def verify_artifact(path: Path, *, tokens: int = DEFAULT_TOKENS) -> VerifyReport:
+    """Check an artifact by its own manifest.
+
+    Raises:
+        VerificationError: CK40, NU06, NU07 or missing tensors (exit 11).
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    checkpoint = _open(path)
+    _check_files(path, manifest)
+    _check_tensors(checkpoint, manifest)
+    formats = {n: LayerFormat.from_json(f) for n, f in manifest.formats.items()}
+    for name, fmt in formats.items():
+        _check_packing(checkpoint, name, fmt)
+    _check_masks(checkpoint, manifest, formats)
+    difference, kernels = _check_logits(path, tokens)
+    return VerifyReport(
+        num_tensors=len(manifest.tensors),
+        num_quantized=len(formats),
+        num_files=len(manifest.files),
+        logits_difference=difference,
+        kernels=kernels,
+        kernels_match=kernels_match(path),
+        notes=tuple(checkpoint.notes),
+    )
+
+
+def _open(path: Path) -> Checkpoint:
+    try:
+        return open_checkpoint(path, strict=True)
+    except CompressError as error:
+        raise VerificationError(
+            error.message, code=error.code or "CK40", where=error.where, fix="write it again"
+        ) from error
+
+
+def _check_files(path: Path, manifest: Manifest) -> None:
+    found = listed_files(path)
+    for name in sorted({*found, *manifest.files}):
+        if found.get(name) == manifest.files.get(name):
+            continue
+        state = "is missing" if name not in found else "has changed"
+        state = "is not listed in the manifest" if name not in manifest.files else state
+        raise VerificationError(
+            f"{name} {state}",
+            code="CK40",
+            where=Where(str(path / name)),
+            fix="copy the artifact again, or run the recipe again",
+        )
+
+
+def _check_tensors(checkpoint: Checkpoint, manifest: Manifest) -> None:
+    for name in sorted({*checkpoint.tensors, *manifest.tensors}):
+        if name not in checkpoint.tensors or name not in manifest.tensors:
+            where = Where(str(checkpoint.path), tensor=name)
+            side = "manifest" if name in checkpoint.tensors else "weight files"
+            raise VerificationError(f"tensor is not in the {side}", code="CK40", where=where)
+        digest = hashlib.sha256(_bits(checkpoint.read(name)).numpy().data).hexdigest()
+        if digest != manifest.tensors[name]:
+            raise VerificationError(
+                "the bytes of a tensor have changed",
+                code="CK40",
+                where=Where(str(checkpoint.path / checkpoint.tensors[name].file), tensor=name),
+                why="A bit flip on disk or in a copy, or somebody edited the file.",
+                fix="copy the artifact again, or run the recipe again",
+            )
+
+
+def read_packed(checkpoint: Checkpoint, name: str, fmt: LayerFormat) -> PackedWeight:
+    """The stored tensors of one quantized linear."""
+    suffixes = ["weight_packed", "weight_scale", "weight_shape"]
+    suffixes += [] if fmt.symmetric else ["weight_zero_point"]
+    return PackedWeight({s: checkpoint.read(f"{name}.{s}") for s in suffixes}, fmt)
+
+
+def _check_packing(checkpoint: Checkpoint, name: str, fmt: LayerFormat) -> None:
+    packed = read_packed(checkpoint, name, fmt)
+    scale = packed.tensors["weight_scale"]
+    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        where = Where(str(checkpoint.path), tensor=f"{name}.weight_scale")
+        raise VerificationError("a scale is not a positive number", code="NU06", where=where)
+    codes, scales, zero = unpack_weight(packed)
+    again = pack_weight(codes, scales, zero, fmt)
+    for suffix, tensor in again.tensors.items():
+        if not torch.equal(tensor, packed.tensors[suffix]):
+            where = Where(str(checkpoint.path), tensor=f"{name}.{suffix}")
+            raise VerificationError(
+                "packing what was unpacked gives other bits", code="NU07", where=where
+            )
+
+
+def _check_masks(
+    checkpoint: Checkpoint, manifest: Manifest, formats: dict[str, LayerFormat]
+) -> None:
+    """A linear that was pruned still has zeros (their number is in the report of the prune stage)."""
+    for name in manifest.masked:
+        if name in formats:
+            codes, _, zero = unpack_weight(read_packed(checkpoint, name, formats[name]))
+            width = codes.shape[1] // zero.shape[1]
+            zeros = int((codes == zero.repeat_interleave(width, 1)).sum())
+        else:
+            zeros = int((checkpoint.read(f"{name}.weight") == 0).sum())
+        if not zeros:
+            where = Where(str(checkpoint.path), tensor=name)
+            raise VerificationError("a pruned weight has no zeros", code="NU07", where=where)
+
+
+def _check_logits(path: Path, num_tokens: int) -> tuple[float, dict[str, int]]:
+    """Largest difference between packed and dense logits, relative to the largest logit."""
+    packed = load_model(path, packed=True)
+    if not packed.kernels:
+        return 0.0, {}
+    vocab = packed.model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, vocab, (1, num_tokens), generator=generator)
+    with torch.no_grad():
+        ours = packed.model(input_ids=tokens).logits.float()
+        dtype, kernels = packed.model.dtype, packed.kernels
+        del packed
+        dense = load_model(path, packed=False, dtype=dtype).model(input_ids=tokens).logits.float()
+    difference = float((ours - dense).abs().max() / dense.abs().max().clamp_min(1e-12))
+    limit = TOLERANCE if dtype == torch.float32 else BF16_TOLERANCE
+    if not difference <= limit:
+        raise VerificationError(
+            f"packed and dense logits differ by {difference:.2e} of the largest (limit {limit:g})",
+            code="NU07",
+            where=Where(str(path)),
+            fix="run `compress doctor`; a kernel is wrong on this machine",
+        )
+    return difference, kernels
+
+
+def _compare_with_units(context: StageContext) -> int:
+    """Every tensor of the artifact against what the stages committed, bit for bit."""
+    checkpoint = open_checkpoint(context.artifact)
+    count = 0
+    for name, tensor in _meant(context):
+        stored = checkpoint.read(name)
+        if stored.dtype != tensor.dtype or not torch.equal(_bits(stored), _bits(tensor)):
+            where = Where(str(context.artifact), tensor=name)
+            raise VerificationError(
+                "what was written is not what the stages made", code="NU07", where=where
+            )
+        count += 1
+    return count
+
+
+def _meant(context: StageContext) -> Iterator[tuple[str, Tensor]]:
+    for entry in gather(context.state, context.state.skeleton()).entries:
+        yield entry.name, entry.load()
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().flatten().view(torch.uint8)
