@@ -51,6 +51,11 @@ def has_packed_ops() -> bool:
     return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """bf16 when x is and the processor has bf16 products, else float32."""
+    return x.dtype if x.dtype == torch.bfloat16 and has_fast_bf16() else torch.float32
+
+
 # ------------------------------------------------------------------ exact, any width
 
 
@@ -98,7 +103,7 @@ def planes_linear(
     Computes in float32 unless x is bf16 and the processor has bf16 products.
     """
     out_features, columns = shape
-    compute = x.dtype if x.dtype == torch.bfloat16 and has_fast_bf16() else torch.float32
+    compute = _compute_dtype(x)
     x_wide = x.to(compute)
     y = torch.empty((x.shape[0], out_features), dtype=compute, device=x.device)
     step = max(16, CHUNK_ELEMENTS // columns) if x.device.type == "cpu" else out_features
@@ -164,10 +169,15 @@ def int4_op_linear(x: Tensor, resident: dict[str, Tensor], group_size: int) -> T
             x.contiguous(), words, group_size, scale
         )
         return y
-    compute = x.dtype if x.dtype == torch.bfloat16 and has_fast_bf16() else torch.float32
-    weight = unpack_int4_op(words).sub_(8).view(torch.int8).float()
-    scale_groups_(weight, scale[:, :, 0].t().float(), group_size)
-    return F.linear(x.to(compute), weight.to(compute)).to(x.dtype)
+    compute = _compute_dtype(x)
+    x_wide, factor = x.to(compute), scale[:, :, 0].t().float()
+    y = torch.empty((x.shape[0], words.shape[0]), dtype=compute)
+    step = max(64, CHUNK_ELEMENTS // x.shape[1] // 64 * 64)  # whole blocks of the op's order
+    for start in range(0, words.shape[0], step):
+        rows = slice(start, start + step)
+        weight = unpack_int4_op(words[rows]).sub_(8).view(torch.int8).float()
+        y[:, rows] = F.linear(x_wide, scale_groups_(weight, factor[rows], group_size).to(compute))
+    return y.to(x.dtype)
 
 
 def int8_op_linear(x: Tensor, resident: dict[str, Tensor]) -> Tensor:
@@ -175,7 +185,7 @@ def int8_op_linear(x: Tensor, resident: dict[str, Tensor]) -> Tensor:
     words, scale = resident["words"], resident["scale"]
     if x.dtype == torch.bfloat16 and x.shape[0] <= SMALL_ROWS and scale.dtype == torch.bfloat16:
         return torch._weight_int8pack_mm(x.contiguous(), words, scale)
-    compute = x.dtype if x.dtype == torch.bfloat16 and has_fast_bf16() else torch.float32
+    compute = _compute_dtype(x)
     x_wide, factor = x.to(compute), scale.to(compute)
     y = torch.empty((x.shape[0], words.shape[0]), dtype=compute)
     step = max(16, CHUNK_ELEMENTS // words.shape[1])

@@ -228,7 +228,7 @@ def dequant_gemm_kernel(
         acc = rescale(tl.zeros_like(acc), acc, S + row, Z + row, xs_ptr, sm, FP16, SYM)
     if HAS_BIAS and not PARTIAL:
         acc += tl.load(Bias + rn, mask=rn < N, other=0.0).to(tl.float32)[:, None]
-    y_ptr = Y + pid_k.to(tl.int64) * M * N + rm[:, None] * N + rn[None, :]
+    y_ptr = Y + pid_k.to(tl.int64) * M * N + rm[:, None].to(tl.int64) * N + rn[None, :]
     mask = (rm[:, None] < M) & (rn[None, :] < N)
     tl.store(y_ptr, tl.trans(acc).to(Y.dtype.element_ty), mask=mask)
 
