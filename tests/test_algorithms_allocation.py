@@ -127,3 +127,15 @@ def test_the_allocation_is_never_worse_than_uniform_at_its_size() -> None:
     choices = random_choices(8, num_units=40)
     for point in uniform_alternatives(choices).values():
         assert solve(choices, point.cost).score <= point.score * (1 + 1e-9)
+
+
+def test_damage_proportional_to_bytes_still_ends_soon_and_fills_the_budget() -> None:
+    source = random.Random(0)
+    choices = [
+        Choice(f"layer{unit}", str(bits), size * bits, (9 - bits) * size / 1e6)
+        for unit, size in enumerate(source.choices(range(10**5, 10**7), k=40))
+        for bits in (2, 3, 4, 8)
+    ]
+    budget = int(1.7 * smallest_cost(choices))
+    found = solve(choices, budget)
+    assert 0.999 * budget < found.cost <= budget

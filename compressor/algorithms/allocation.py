@@ -18,6 +18,10 @@ This multiple-choice knapsack is solved exactly, in three steps:
 An integer-programming library would do too. HiGHS in scipy 1.17 writes debugging lines to standard
 output on such problems, needs scores scaled to its absolute tolerances, and was no faster.
 Equal scores resolve to fewer bytes.
+
+Exact means exact as long as at most MAX_STATES states are alive, which holds with room to spare for
+the layers of a model. Beyond that (hundreds of unlike sizes with damage proportional to bytes) the
+states nearest in bytes are merged; the result still fits and is never worse than the greedy one.
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ from compressor.errors import NumericError, RecipeError
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
+MAX_STATES = 1 << 15
 ROUNDING = 1e-12  # of all scores together: what sums of scores may be off by
 
 
@@ -165,7 +170,13 @@ def _solve(units: Units, budget: int) -> dict[str, Choice]:
         u: [c for c in options if c.score + price * c.cost - lowest[u] <= gap]
         for u, options in units.items()
     }
-    return _Search(left, budget=budget, price=price, gap=gap).solve() or chosen
+    found = _Search(left, budget=budget, price=price, gap=gap).solve()
+    return chosen if found is None or _key(chosen) <= _key(found) else found
+
+
+def _key(chosen: dict[str, Choice]) -> tuple[float, int]:
+    """What is minimised: score, then bytes."""
+    return math.fsum(c.score for c in chosen.values()), sum(c.cost for c in chosen.values())
 
 
 def _relax(units: Units, budget: int) -> tuple[float, dict[str, Choice]]:
@@ -245,7 +256,7 @@ class _Search:
         index: Ints = np.flatnonzero(possible)
         index = index[np.lexsort((score[index], cost[index]))]
         best = np.minimum.accumulate(np.concatenate([[np.inf], score[index]]))
-        return index[score[index] < best[:-1]]
+        return _thinned(index[score[index] < best[:-1]], cost)
 
     def _backtrack(self, trail: list[Ints]) -> dict[str, Choice]:
         """Options of the last state: states are sorted by rising cost and falling score."""
@@ -256,6 +267,17 @@ class _Search:
             state, option = divmod(int(kept[state]), len(options))
             taken[unit] = options[option]
         return {unit: taken[unit] for unit in self.order}
+
+
+def _thinned(index: Ints, cost: Ints) -> Ints:
+    """At most MAX_STATES of the states, sorted by cost: the best score of each range of bytes."""
+    if len(index) <= MAX_STATES:
+        return index
+    low, high = cost[index[0]], cost[index[-1]]
+    bucket = (cost[index] - low) * MAX_STATES // (high - low + 1)
+    last_of_bucket = np.append(bucket[1:] != bucket[:-1], True)
+    thinned: Ints = index[last_of_bucket]
+    return thinned
 
 
 def _spend_leftover(chosen: dict[str, Choice], units: Units, budget: int) -> dict[str, Choice]:

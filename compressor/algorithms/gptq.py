@@ -118,7 +118,8 @@ def gptq(
     require_finite(w, "the weights to be quantized")
     alive, num_dead = _revive(hessian)
     order = torch.argsort(alive.diagonal(), descending=True, stable=True)
-    upper, factor = inverse_cholesky(alive[order][:, order], dampening=dampening)
+    alive = alive[order][:, order]
+    upper, factor = inverse_cholesky(alive, dampening=dampening)
     del alive
     codes, num_saturated = _sweep(w, upper, order, grid=grid, mask=mask, block=columns_per_block)
     error = hessian_error(dequantize(codes, grid).sub_(w), hessian)
@@ -146,6 +147,7 @@ def _damped(hessian: Tensor, dampening: float, dtype: torch.dtype) -> Tensor:
 def _factor(flipped: Tensor) -> Tensor | None:
     """U = J L^-1 J of the reversed matrix J H J = L L^T; None if it is not positive definite."""
     lower, info = torch.linalg.cholesky_ex(flipped)
+    del flipped
     if int(info) != 0:
         return None
     identity = torch.eye(lower.shape[0], dtype=lower.dtype, device=lower.device)
