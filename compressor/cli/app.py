@@ -74,11 +74,13 @@ def run_command(given: Sequence[str]) -> int:
     try:
         result = app(words, prog_name="compress", standalone_mode=False)
         sys.stdout.flush()
+        if result == 130:  # typer turns Ctrl-C into this result
+            raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
     except CompressError as error:
         return _failed(error, words, as_json, debug)
     except _ClickError as error:
-        message = str(getattr(error, "message", error)) or "the command line is not complete"
+        message = str(getattr(error, "format_message", error.__str__)()).rstrip(".")
         fix = "see: " + _help_line(error)
         return _failed(UsageError(message, code="US01", fix=fix), words, as_json, debug=False)
     except (KeyboardInterrupt, typer.Abort):
@@ -113,9 +115,11 @@ def _failed(error: CompressError, words: list[str], as_json: bool, debug: bool) 
 
 
 def _bug(error: Exception, words: list[str], as_json: bool, debug: bool) -> int:
-    text = "".join(traceback.format_exception(error))
+    from compressor.run_dir.log import redact
+
+    text = redact("".join(traceback.format_exception(error)))
     file = _save_traceback(text, _run_dir_of(words))
-    last = str(error).strip().splitlines()
+    last = redact(str(error)).strip().splitlines()
     problem = CompressError(
         f"this is a bug: {type(error).__name__}: {last[0] if last else '(no message)'}",
         why=f"The traceback is in {file}.",
@@ -130,20 +134,18 @@ def _shown(text: str, problem: CompressError) -> int:
 
 
 def _save_traceback(text: str, run_dir: str) -> str:
-    from compressor.run_dir.log import redact
-
     folder = run_dir if run_dir and Path(run_dir).is_dir() else None
     try:
         descriptor, name = tempfile.mkstemp(".txt", "compress-traceback-", folder)
         with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(redact(text))
+            file.write(text)
     except OSError as error:
         return f"no file ({error.strerror})"
     return name
 
 
 def _run_dir_of(words: list[str]) -> str:
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words[1:], ""], strict=False):
         if word == "--run-dir":
             return following
         if word.startswith("--run-dir="):

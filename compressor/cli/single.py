@@ -142,7 +142,10 @@ def value(text: str | None) -> Any:
         return None
     from compressor.recipe.yaml import parse_yaml
 
-    return parse_yaml(text, file="<flag>").data
+    try:
+        return parse_yaml(text, file="").data
+    except RecipeError as error:
+        raise UsageError(f"{text}: {error.message}", code="US01", fix=error.fix) from error
 
 
 def _given(items: dict[str, Any]) -> dict[str, Any] | None:

@@ -225,6 +225,13 @@ class DistillConfig(Part):
     checkpoint_steps: PositiveInt = 50
     gradient_clip: Annotated[float, Field(gt=0.0)] = 1.0
 
+    @model_validator(mode="before")
+    @classmethod
+    def _short_runs_warm_up_shortly(cls, data: Any) -> Any:
+        steps = data.get("steps") if isinstance(data, dict) else None
+        is_short = type(steps) is int and 0 < steps < 20
+        return {"warmup_steps": steps // 2, **data} if is_short else data
+
 
 class PackConfig(Part):
     """Write the artifact: bit-packed weights in a Hugging Face folder."""
