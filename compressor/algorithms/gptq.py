@@ -121,9 +121,11 @@ def gptq(
     alive = alive[order][:, order]
     upper, factor = inverse_cholesky(alive, dampening=dampening)
     del alive
-    codes, num_saturated = _sweep(w, upper, order, grid=grid, mask=mask, block=columns_per_block)
+    columns = _Columns(w, order, grid, mask, dtype=upper.dtype)
+    _sweep(columns, upper, columns_per_block)
+    codes = columns.codes.T.contiguous()
     error = hessian_error(dequantize(codes, grid).sub_(w), hessian)
-    return GptqResult(codes, error, num_dead, num_saturated, factor)
+    return GptqResult(codes, error, num_dead, int(columns.num_saturated), factor)
 
 
 def _ladder(dampening: float, dtype: torch.dtype) -> Iterator[tuple[float, torch.dtype, str]]:
@@ -182,14 +184,8 @@ def _revive(hessian: Tensor) -> tuple[Tensor, int]:
     return alive, num_dead
 
 
-def _sweep(
-    w: Tensor, upper: Tensor, order: Tensor, *, grid: Grid, mask: Tensor | None, block: int
-) -> tuple[Tensor, int]:
-    """Visit all columns in order; codes [O, I] in original columns, and the number clamped.
-
-    Weights lie transposed, [I, O] in visiting order, so that one column is one contiguous row.
-    """
-    columns = _Columns(w, order, grid, mask, dtype=upper.dtype)
+def _sweep(columns: _Columns, upper: Tensor, block: int) -> None:
+    """Round all columns in visiting order; errors reach later blocks one block at a time."""
     for begin in range(0, len(columns.position), block):
         end = min(begin + block, len(columns.position))
         errors = torch.empty_like(columns.weights[begin:end])
@@ -200,11 +196,14 @@ def _sweep(
                 column = column - torch.mv(errors[:offset].T, upper[begin:row, row])
             errors[offset] = columns.round(row, column) / upper[row, row]
         columns.weights[end:] -= upper[begin:end, end:].T @ errors
-    return columns.codes.T.contiguous(), int(columns.num_saturated)
 
 
 class _Columns:
-    """Columns of one layer in visiting order, with the grid, mask and codes that belong to them."""
+    """Columns of one layer in visiting order, with the grid, mask and codes that belong to them.
+
+    Weights and codes lie transposed, [I, O], so that one column is one contiguous row; codes are in
+    the original order of columns.
+    """
 
     def __init__(
         self, w: Tensor, order: Tensor, grid: Grid, mask: Tensor | None, *, dtype: torch.dtype

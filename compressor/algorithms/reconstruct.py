@@ -44,20 +44,19 @@ def reconstruct(
     require_finite(target, "the weights to be reconstructed")
     require_finite(hessian, "the input statistics (Hessian) of a layer")
     first = (target if start is None else start.to(dtype)) * mask
-    solved = _conjugate_gradients(target, hessian, mask, first, iterations, tolerance)
+    solved = _conjugate_gradients(target, hessian, mask, first, limits=(iterations, tolerance))
     better = _row_errors(solved - target, hessian) < _row_errors(first - target, hessian)
     return torch.where(better[:, None], solved, first)
 
 
 def _conjugate_gradients(
-    target: Tensor,
-    hessian: Tensor,
-    mask: Tensor,
-    start: Tensor,
-    iterations: int,
-    tolerance: float,
+    target: Tensor, hessian: Tensor, mask: Tensor, start: Tensor, *, limits: tuple[int, float]
 ) -> Tensor:
-    """Jacobi-preconditioned CG on all rows at once; rows that are done get steps of length 0."""
+    """Jacobi-preconditioned CG on all rows at once; rows that are done get steps of length 0.
+
+    limits: iterations, tolerance.
+    """
+    iterations, tolerance = limits
     diagonal = hessian.diagonal()
     inverse = torch.where(diagonal > 0, 1 / diagonal, torch.zeros_like(diagonal))
     solution = start.clone()
