@@ -162,7 +162,7 @@ def _clamp_eigenvalues(hessian: Tensor) -> Tensor | None:
     """H, reversed, with eigenvalues raised to a floor; None if they cannot be had."""
     try:
         values, vectors = torch.linalg.eigh(_damped(hessian, 0.0, torch.float64))
-    except RuntimeError:  # torch.linalg.LinAlgError: no convergence
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # no convergence
         return None
     if not bool(values[-1] > 0):
         return None
