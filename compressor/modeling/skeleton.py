@@ -20,6 +20,10 @@ from compressor.errors import UnsupportedError
 from compressor.modeling.experts import split_experts
 
 
+class _Entered(Exception):
+    """Raised by the last stub when only what comes before the blocks is wanted."""
+
+
 class _Stub(nn.Module):
     """Stands where a decoder block stood; attributes are those of the block."""
 
@@ -29,6 +33,7 @@ class _Stub(nn.Module):
         self.kwargs: dict[str, Any] = {}
         self.seen: Tensor | None = None
         self.replacement: Tensor | None = None
+        self.ends = False
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -38,6 +43,8 @@ class _Stub(nn.Module):
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.seen, self.kwargs = hidden, {**_named(self, args), **kwargs}
+        if self.ends:
+            raise _Entered
         return hidden if self.replacement is None else self.replacement
 
 
@@ -83,12 +90,25 @@ class Skeleton:
         """A fresh meta copy of block `index`."""
         return copy.deepcopy(self.blocks[index]).eval()
 
-    @torch.no_grad()
-    def enter(self, tokens: Tensor, mask: Tensor | None = None) -> tuple[Tensor, list[dict[str, Any]]]:
-        """Embed tokens [B, T]: the input of the first block, and each block's keyword arguments."""
+    def enter(
+        self, tokens: Tensor, mask: Tensor | None = None, *, grad: bool = False
+    ) -> tuple[Tensor, list[dict[str, Any]]]:
+        """Embed tokens [B, T]: the input of the first block, and each block's keyword arguments.
+
+        Differentiable with respect to the embedding if `grad`. Final norm and head do not run.
+        """
         self._set_replacement(None)
-        self._run(tokens, mask)
-        first = self._first().seen
+        first_stub, last = self._first(), self._stubs[-1]
+        first_stub.seen = None
+        last.ends = True  # type: ignore[assignment]
+        try:
+            with torch.set_grad_enabled(grad):
+                self._run(tokens, mask)
+        except _Entered:
+            pass
+        finally:
+            last.ends = False  # type: ignore[assignment]
+        first = first_stub.seen
         if first is None:
             raise UnsupportedError(f"{self.model_type}: its blocks are not called", code="CK26")
         return first, [dict(stub.kwargs) for stub in self._stubs]  # type: ignore[arg-type]

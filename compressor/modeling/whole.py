@@ -1,0 +1,196 @@
+"""A whole model in memory that can be trained: transformers' own blocks over our linears.
+
+The blocks run one after another as in the walk, between `Skeleton.enter` and `Skeleton.leave`, so
+the states between them are at hand and the head can be asked for a few tokens at a time. Every
+number is a parameter, frozen until somebody asks for its gradient:
+
+    dense linear       weight fp32 [O, I]; a mask keeps pruned weights at zero
+    quantized linear   log(scale) [O, G]; codes and zero points are buffers and never change
+
+Legend: B rows, T tokens, D width, V vocabulary, O out, I in, G groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compressor.algorithms.distillation import exported_scale, scaled_dequantize
+from compressor.artifact.formats import SCALE_DTYPES
+from compressor.modeling.block import Block, load_block
+from compressor.modeling.linears import StoredLinear
+from compressor.modeling.skeleton import Skeleton
+from compressor.modeling.state import ModelState
+
+OUTER = -1  # position of the tensors outside of the blocks
+Kind = Literal["weight", "scale", "vector", "table"]
+
+
+class DenseLinear(nn.Module):
+    """A linear layer whose weight can be trained; `keep` is False where it was pruned."""
+
+    keep: Tensor | None
+
+    def __init__(self, linear: StoredLinear, *, masked: bool) -> None:
+        super().__init__()
+        weight = linear.dense().clone()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = _bias(linear)
+        self.register_buffer("keep", weight != 0 if masked else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] -> [..., O]."""
+        return F.linear(x, self.weight, self.bias)
+
+
+class ScaledLinear(nn.Module):
+    """A quantized linear layer whose scales can be trained; it computes with what is stored."""
+
+    codes: Tensor
+    zero_point: Tensor
+
+    def __init__(self, linear: StoredLinear) -> None:
+        super().__init__()
+        fmt = linear.format
+        assert fmt is not None, "only for quantized linears"
+        codes, scale, zero = linear.codes()
+        self.register_buffer("codes", codes)
+        self.register_buffer("zero_point", zero)
+        self.log_scale = nn.Parameter(scale.log(), requires_grad=False)
+        self.bias = _bias(linear)
+        self.group_size, self.scale_dtype = fmt.group_size, SCALE_DTYPES[fmt.scale_dtype]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] -> [..., O]."""
+        weight = scaled_dequantize(
+            self.codes,
+            self.zero_point,
+            self.log_scale,
+            self.group_size,
+            scale_dtype=self.scale_dtype,
+        )
+        return F.linear(x, weight, self.bias)
+
+
+def _bias(linear: StoredLinear) -> nn.Parameter | None:
+    if linear.bias is None:
+        return None
+    return nn.Parameter(linear.bias.float().clone(), requires_grad=False)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slot:
+    """A parameter and the stored tensor it stands for.
+
+    position: of the block, or OUTER. name: of the stored tensor, block-relative inside a block.
+    kind: "weight" of a dense linear, "scale" of a quantized one, "table" (embedding, head), or
+    "vector" (norms, biases and everything else).
+    """
+
+    position: int
+    name: str
+    kind: Kind
+    parameter: nn.Parameter
+    dtype: torch.dtype
+    keep: Tensor | None = None
+    transposed: bool = False
+
+    @property
+    def key(self) -> str:
+        """A name that is unique in the model."""
+        return f"{'outer' if self.position == OUTER else self.position}/{self.name}"
+
+    def stored(self) -> Tensor:
+        """The tensor as it would be written now, on the CPU."""
+        value = self.parameter.detach()
+        if self.kind == "scale":
+            value = exported_scale(value, scale_dtype=self.dtype)
+        if self.transposed:
+            value = value.t()
+        return value.to(self.dtype, copy=True).contiguous().cpu()
+
+
+class WholeModel:
+    """All blocks of a model, its outer part, and the slots that lead back to what is stored."""
+
+    def __init__(self, state: ModelState, *, device: torch.device | str = "cpu") -> None:
+        """Read everything; the compute dtype is fp32."""
+        self.device = torch.device(device)
+        self.skeleton = state.skeleton()
+        outer = state.read_outer(self.skeleton)
+        self.skeleton.fill_outer({n: t.clone() for n, t in outer.items()}, torch.float32)
+        self.skeleton.model.to(self.device).requires_grad_(False)
+        self.slots = _outer_slots(self.skeleton, outer)
+        self.blocks: list[Block] = []
+        for position in range(self.skeleton.num_blocks):
+            source = state.read_block(position, self.skeleton)
+            block = load_block(self.skeleton, position, source)
+            self.slots += _trainable_block(block, position, source.tensors)
+            block.module.to(self.device)
+            self.blocks.append(block)
+
+    def hidden_states(self, tokens: Tensor, *, grad: bool = False) -> list[Tensor]:
+        """Outputs [B, T, D] of every block for tokens [B, T], with a graph if `grad`."""
+        states: list[Tensor] = []
+        with torch.set_grad_enabled(grad):
+            hidden, kwargs = self.skeleton.enter(tokens.to(self.device), grad=grad)
+            for block, known in zip(self.blocks, kwargs, strict=True):
+                hidden = block.run(hidden, known)
+                states.append(hidden)
+        return states
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Final norm and head: [t, D] -> logits [t, V].
+
+        Each token passes as a sequence of its own, so any number may come at once.
+        """
+        alone = torch.zeros(hidden.shape[0], 1, dtype=torch.int64, device=self.device)
+        return self.skeleton.leave(hidden[:, None], alone)[:, 0]
+
+
+def _outer_slots(skeleton: Skeleton, outer: dict[str, Tensor]) -> list[Slot]:
+    found = []
+    for name, parameter in skeleton.model.named_parameters():
+        if name in outer:
+            kind: Kind = "table" if parameter.ndim > 1 else "vector"
+            found.append(Slot(OUTER, name, kind, parameter, outer[name].dtype))
+    return found
+
+
+def _trainable_block(block: Block, position: int, stored: dict[str, Tensor]) -> list[Slot]:
+    """Put trainable linears into a block and list its parameters."""
+    transposed: set[str] = set()
+    for name, linear in block.linears.items():
+        parent, _, leaf = name.rpartition(".")
+        new: nn.Module
+        if linear.format is None:
+            new = DenseLinear(linear, masked=name in block.masked)
+            transposed |= {name} if linear.transposed else set()
+        else:
+            new = ScaledLinear(linear)
+        setattr(block.module.get_submodule(parent) if parent else block.module, leaf, new)
+    modules = dict(block.module.named_modules())
+    slots = []
+    for name, _ in block.module.named_parameters():
+        owner = name.rpartition(".")[0]
+        slots.append(_slot(modules[owner], position, name, stored, owner in transposed))
+    block.linears = {}
+    return slots
+
+
+def _slot(
+    owner: nn.Module, position: int, name: str, stored: dict[str, Tensor], transposed: bool
+) -> Slot:
+    prefix, _, leaf = name.rpartition(".")
+    parameter = owner.get_parameter(leaf)
+    if leaf == "log_scale":
+        disk = f"{prefix}.weight_scale"
+        return Slot(position, disk, "scale", parameter, stored[disk].dtype)
+    dtype = stored[name].dtype
+    if isinstance(owner, DenseLinear) and leaf == "weight":
+        return Slot(position, name, "weight", parameter, dtype, owner.keep, transposed)
+    return Slot(position, name, "vector", parameter, dtype)

@@ -1,0 +1,261 @@
+"""Distill: train the compressed model towards the original's distribution.
+
+    teacher   the model the recipe starts from, whatever the stages before this one did
+    student   the model as they left it (pruned, quantized), or a new smaller one
+
+What is trained depends on how a layer is stored. A quantized linear keeps its codes and learns its
+scales (2 % of the numbers), so it is exactly as small afterwards; a dense linear learns its
+weights, a pruned one only those that are left. The result is written as units, block by block, and
+is the state with the least KL on held-out rows, the start included: it never gets worse there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from compressor.errors import RecipeError
+from compressor.modeling.skeleton import parse_config
+from compressor.modeling.state import ModelState
+from compressor.modeling.whole import OUTER, Slot, WholeModel
+from compressor.recipe import DistillConfig
+from compressor.stages import processes
+from compressor.stages.calibrate import rows_for
+from compressor.stages.context import StageContext, StageReport
+from compressor.stages.student import make_student
+from compressor.stages.training import Progress, Pupils, Training
+
+FINISHED = "finished"
+LAST_GOOD = "last-good"  # what a diverged training leaves
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What every process needs to take part; `resume` is a checkpoint's file and journal meta."""
+
+    config: DistillConfig
+    teacher: ModelState
+    student: ModelState
+    tokens: Tensor
+    seed: int
+    resume: tuple[Path, dict[str, Any]] | None
+
+
+def apply(config: DistillConfig, context: StageContext) -> StageReport:
+    """Train, and write the best state.
+
+    Raises:
+        RecipeError: nothing to train, or a student that cannot be made (RC17).
+        DataError: text that cannot be used. NumericError: training diverged (NU10).
+    """
+    start, notes = make_student(config, context)
+    _check_pair(config, context.original, start)
+    if not _is_finished(context, len(start.blocks)):
+        rows = rows_for(config.data, context)
+        _check_same_rows(config, context, rows.digest)
+        resume = _newest(context, config)
+        task = Task(config, context.original, start, rows.tokens, context.seed, resume)
+        processes.send(replace_states(task))
+        training = _train(task, context)
+        _write(context, training, start)
+    facts = context.run.meta(FINISHED)
+    if facts["best_step"] == 0:
+        notes = [*notes, "no step was better than the start on held-out rows: the start is kept"]
+    facts["losses"] = _losses(context, config)
+    facts["teacher"] = context.original.checkpoint.digest
+    state = _after(context, start, facts)
+    return StageReport(state, facts | {"notes": notes})
+
+
+def help_training(task: Task) -> None:
+    """Take part in the training of another process; nothing is written here."""
+    training = _prepare(task)
+    training.run(lambda is_sound: None, lambda loss: None)
+
+
+def replace_states(task: Task) -> Task:
+    """The task as it can be sent to another process."""
+    states = {n: processes.portable(getattr(task, n)) for n in ("teacher", "student")}
+    return replace(task, **states)  # type: ignore[arg-type]
+
+
+def _check_pair(config: DistillConfig, teacher: ModelState, student: ModelState) -> None:
+    theirs, ours = (parse_config(s.config).get_text_config() for s in (teacher, student))
+    if config.hidden_weight > 0 and theirs.hidden_size != ours.hidden_size:
+        raise RecipeError(
+            f"hidden states of width {theirs.hidden_size} and {ours.hidden_size} do not compare",
+            code="RC17",
+            where=config.where("hidden_weight"),
+            fix="set hidden_weight to 0",
+        )
+
+
+def _check_same_rows(config: DistillConfig, context: StageContext, digest: str) -> None:
+    """A resumed run must see the rows it began with (KI13)."""
+    if not context.run.is_done("rows"):
+        context.run.commit_meta("rows", {"digest": digest})
+    if context.run.meta("rows")["digest"] != digest:
+        raise RecipeError(
+            "the training text has changed since this run began",
+            code="KI13",
+            where=config.where("data"),
+            fix="restore the text, or start anew with --fresh",
+        )
+
+
+def _step_unit(step: int) -> str:
+    return f"step-{step:07d}"
+
+
+def _checkpoints(config: DistillConfig) -> list[int]:
+    every = config.checkpoint_steps
+    return sorted({*range(every, config.steps + 1, every), config.steps})
+
+
+def _newest(context: StageContext, config: DistillConfig) -> tuple[Path, dict[str, Any]] | None:
+    """The last whole checkpoint. Asked from the end: older files are deleted on purpose."""
+    for step in reversed(_checkpoints(config)):
+        unit = _step_unit(step)
+        if context.run.file(unit).exists() and context.run.is_done(unit):
+            return context.run.file(unit), context.run.meta(unit)
+    return None
+
+
+def _prepare(task: Task) -> Training:
+    device = processes.join().device
+    teacher = WholeModel(task.teacher, device=device)
+    student = WholeModel(task.student, device=device)
+    slots = chosen_slots(task.config, student.slots)
+    pupils = Pupils(teacher, student, slots, _pairs(task.teacher, task.student))
+    training = Training(task.config, pupils, task.tokens, seed=task.seed)
+    if task.resume is not None:
+        file, meta = task.resume
+        training.restore(load_file(file), Progress(**{**meta["progress"], "losses": []}))
+    return training
+
+
+def chosen_slots(config: DistillConfig, slots: list[Slot]) -> list[Slot]:
+    """The parameters that learn, by `train`.
+
+    auto: scales, dense weights, norms and biases, and embeddings if nothing is quantized.
+    weights: everything but scales. scales: nothing but scales.
+    """
+    quantized = any(s.kind == "scale" for s in slots)
+    kinds = {
+        "auto": {"scale", "weight", "vector"} | (set() if quantized else {"table"}),
+        "weights": {"weight", "vector", "table"},
+        "scales": {"scale"},
+    }[config.train]
+    chosen = [s for s in slots if s.kind in kinds]
+    needed = {"weights": "weight", "scales": "scale"}.get(config.train)
+    if needed and not any(s.kind == needed for s in chosen):
+        raise RecipeError(
+            f"train: {config.train} finds nothing to train: "
+            + ("every linear is quantized" if needed == "weight" else "no linear is quantized"),
+            code="RC17",
+            where=config.where("train"),
+            fix="use train: auto",
+        )
+    return chosen
+
+
+def _pairs(teacher: ModelState, student: ModelState) -> list[int]:
+    """For each block of the student the teacher's block it stands for."""
+    index = {ref.index: i for i, ref in enumerate(teacher.blocks)}
+    if student.checkpoint.digest == teacher.checkpoint.digest:
+        return [index[ref.index] for ref in student.blocks]
+    last, count = len(teacher.blocks), len(student.blocks)
+    return [round((i + 1) * last / count) - 1 for i in range(count)]
+
+
+def _train(task: Task, context: StageContext) -> Training:
+    training = _prepare(task)
+    total = task.config.steps
+    checkpoints = _checkpoints(task.config)
+
+    def save(is_sound: bool) -> None:
+        step = training.progress.step
+        unit = _step_unit(step) if is_sound else LAST_GOOD
+        context.run.commit(unit, training.tensors(), {"progress": asdict(training.progress)})
+        for older in (s for s in checkpoints if is_sound and s < step):
+            context.run.file(_step_unit(older)).unlink(missing_ok=True)
+
+    def report(loss: float) -> None:
+        step = training.progress.step
+        event = {"unit": _step_unit(step), "index": step, "total": total, "loss": loss}
+        context.run.progress(event | {"held_out_kl": training.progress.best_kl})
+
+    training.run(save, report)
+    return training
+
+
+def _write(context: StageContext, training: Training, start: ModelState) -> None:
+    """Commit the best state, block by block; codes and everything untrained as they were."""
+    progress = training.progress
+    if progress.best_step:
+        skeleton = start.skeleton()
+        for position in range(len(start.blocks)):
+            source = start.read_block(position, skeleton)
+            tensors = source.tensors | _learned(training, position)
+            context.run.commit(_block_unit(position), tensors, source.meta())
+        context.run.commit("outer", start.read_outer(skeleton) | _learned(training, OUTER), {})
+    slots = training.pupils.slots
+    trained = {k: sum(s.parameter.numel() for s in slots if s.kind == k) for k in _kinds(slots)}
+    context.run.commit_meta(
+        FINISHED,
+        {
+            "trained": trained,
+            "steps": progress.step,
+            "tokens": progress.step * training.config.batch_size * training.rows.shape[1],
+            "held_out_rows": len(training.held_out),
+            "kl_before": progress.validation[0][1],
+            "kl_after": progress.best_kl,
+            "best_step": progress.best_step,
+            "validation": progress.validation,
+        },
+    )
+
+
+def _kinds(slots: list[Slot]) -> list[str]:
+    return sorted({s.kind for s in slots})
+
+
+def _learned(training: Training, position: int) -> dict[str, Tensor]:
+    mine = [s for s in training.pupils.slots if s.position == position]
+    return {s.name: training.best[s.key] for s in mine}
+
+
+def _block_unit(position: int) -> str:
+    return f"block-{position:04d}"
+
+
+def _is_finished(context: StageContext, num_blocks: int) -> bool:
+    run = context.run
+    if not run.is_done(FINISHED):
+        return False
+    if run.meta(FINISHED)["best_step"] == 0:
+        return True
+    units = [_block_unit(i) for i in range(num_blocks)] + ["outer"]
+    return all(run.is_done(unit) for unit in units)
+
+
+def _losses(context: StageContext, config: DistillConfig) -> list[float]:
+    """Loss of every step, from the journal of the checkpoints (their files may be gone)."""
+    losses: list[float] = []
+    for step in _checkpoints(config):
+        losses += context.run.meta(_step_unit(step))["progress"]["losses"]
+    return losses
+
+
+def _after(context: StageContext, start: ModelState, facts: dict[str, Any]) -> ModelState:
+    state = replace(start, trail=(*context.state.trail, "distill"))
+    if facts["best_step"] == 0:
+        return state
+    for position in range(len(start.blocks)):
+        unit = _block_unit(position)
+        state = state.with_block(position, context.run.file(unit), context.run.meta(unit))
+    return replace(state, outer=context.run.file("outer"))

@@ -1,0 +1,63 @@
+"""Distillation in several processes: the first one runs the recipe, the others help in training.
+
+    accelerate launch --num_processes 2 -m compressor run recipe.yaml
+
+Process 0 is the run: it reads, writes, journals and does every other stage. The others wait; for
+each distill stage they are sent what to train, build the same models from the same files and take
+part in every step, and when the run ends they are dismissed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import broadcast_object_list
+
+from compressor.modeling.state import ModelState
+
+WAIT = timedelta(days=30)  # a run may calibrate for long before it trains
+
+
+def join() -> Accelerator:
+    """Meet the other processes (if any); call this early in each of them."""
+    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)])
+
+
+def is_follower() -> bool:
+    """Whether this process was launched to help another one."""
+    return int(os.environ.get("RANK", "0")) > 0
+
+
+def send(task: Any) -> None:
+    """Process 0: hand a task to the others; nothing happens if there are none."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        join()
+        broadcast_object_list([task], from_process=0)
+
+
+def dismiss() -> None:
+    """Process 0, at the end of the run: let the others go."""
+    send(None)
+
+
+def follow(work: Callable[[Any], None]) -> None:
+    """Every other process: do what process 0 sends until it dismisses us."""
+    join()
+    while True:
+        received: list[Any] = [None]
+        broadcast_object_list(received, from_process=0)
+        if received[0] is None:
+            return
+        work(received[0])
+
+
+def portable(state: ModelState) -> ModelState:
+    """The same state in a form that can be sent (its read-only views become plain dicts)."""
+    known = state.checkpoint
+    plain = replace(known, tensors=dict(known.tensors), sizes=dict(known.sizes))
+    return replace(state, checkpoint=plain)
