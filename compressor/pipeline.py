@@ -25,11 +25,12 @@ from compressor.modeling.hub import ResolvedModel, resolve_model
 from compressor.modeling.state import ModelState
 from compressor.plan import preflight
 from compressor.recipe import Recipe, dump_recipe
-from compressor.report import write_outcome
+from compressor.report import Outcome, shown_source, write_outcome
 from compressor.run_dir import RunDir, check_output, publish, recover_output
 from compressor.stages import calibrate, distill, evaluate, pack, prune, quantize, verify
 from compressor.stages.context import StageContext, StageReport
 
+REPORT = "report.html"
 log = logging.getLogger("compressor.pipeline")
 Apply = Callable[[Any, StageContext], StageReport]
 
@@ -159,11 +160,6 @@ def artifact_recipe(recipe: Recipe) -> str:
     return dump_recipe(plain.model_copy(update={"model": model}))
 
 
-def shown_source(path: str) -> str:
-    """A model's source as it may be shown: hub ids whole, folders by name."""
-    return Path(path).name if Path(path).exists() else path
-
-
 def _identity(recipe: Recipe, original: ModelState) -> dict[str, str]:
     """Everything that decides the result; a resumed run must have the same."""
     stages = dump_recipe(recipe.model_copy(update={"output": "out"}))
@@ -181,11 +177,19 @@ def _finish(
 ) -> RunResult:
     """Card and report into the artifact, then publish it or keep it aside."""
     verdict = _verdict(progress.facts)
-    report, summary = write_outcome(recipe, progress, frame.folder.artifact, frame.source)
+    outcome = Outcome(progress.facts, progress.seconds)
+    summary = write_outcome(
+        recipe,
+        outcome,
+        progress.state,
+        frame.folder.artifact,
+        command=options.command,
+        text=artifact_recipe(recipe),
+    )
     output = Path(recipe.output).absolute()
     if verdict in ("pass", "none"):
         publish(frame.folder.artifact, output, overwrite=options.overwrite)
-        return RunResult(output, verdict, output / report.name, summary)
+        return RunResult(output, verdict, output / REPORT, summary)
     aside = output.with_name(output.name + ".rejected")
     publish(frame.folder.artifact, aside, overwrite=True)
     for facts in progress.facts.values():

@@ -54,11 +54,13 @@ class Allocation:
     bytes: dict[str, int]
     pareto: list[dict[str, float]]
     method: str
+    num_weights: int
     notes: list[str]
 
     def as_json(self) -> dict[str, Any]:
         """For the report."""
         keys = ("labels", "scores", "predicted", "budget_bytes", "bytes", "pareto", "method")
+        keys += ("num_weights",)
         return {key: getattr(self, key) for key in keys}
 
 
@@ -96,6 +98,7 @@ def allocate_formats(
         bytes=_bytes(problem, labels, uniform),
         pareto=_front(choices),
         method=method,
+        num_weights=sum(t.shape[0] * t.shape[1] for t in selection.targets),
         notes=_notes(config, selection),
     )
 

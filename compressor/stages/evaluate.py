@@ -28,6 +28,7 @@ from compressor_eval.gate import Gate, judge, tier
 
 SAMPLE_PROMPT_TOKENS = 48
 SAMPLE_NEW_TOKENS = 48
+MAX_SAMPLES = 100
 
 
 def apply(config: EvaluateConfig, context: StageContext) -> StageReport:
@@ -91,6 +92,7 @@ def evaluate_models(config: EvaluateConfig, original: Path, artifact: Path) -> d
         "tasks": task_metrics.as_json(tasks),
         "verdict": verdict.as_json(),
         "data": {"digest": rows.digest, "notes": list(rows.notes), "source": config.data.source},
+        "prompts": [row[:SAMPLE_PROMPT_TOKENS].tolist() for row in rows.tokens[:MAX_SAMPLES]],
         "kernels": model.kernels,
         "bytes": _sizes(base, model),
     }
@@ -145,7 +147,7 @@ def samples(original: Path, artifact: Path, prompts: list[list[int]]) -> list[di
     for prompt in prompts:
         ids = torch.tensor([prompt])
         texts = {}
-        for name, loaded in (("original", base), ("artifact", model)):
+        for name, loaded in (("base", base), ("model", model)):
             out = loaded.model.generate(
                 ids, max_new_tokens=SAMPLE_NEW_TOKENS, do_sample=False, pad_token_id=0
             )

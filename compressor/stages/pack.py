@@ -81,6 +81,7 @@ def apply(config: PackConfig, context: StageContext) -> StageReport:
         "files": copied,
         "kernels": kernels,
         "components": components(contents.entries),
+        "original_components": _original_components(context),
     }
     context.run.progress({"unit": "artifact", "index": 1, "total": 1})
     state = replace(context.state, trail=(*context.state.trail, "pack"))
@@ -206,6 +207,13 @@ def components(entries: list[Entry]) -> dict[str, int]:
     sums: dict[str, int] = {}
     for entry in entries:
         sums[_component(entry.name)] = sums.get(_component(entry.name), 0) + entry.nbytes
+    return sums
+
+
+def _original_components(context: StageContext) -> dict[str, int]:
+    sums: dict[str, int] = {}
+    for name, info in context.original.checkpoint.tensors.items():
+        sums[_component(name)] = sums.get(_component(name), 0) + info.nbytes
     return sums
 
 

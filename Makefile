@@ -1,0 +1,40 @@
+# The only commands that README, CONTRIBUTING and CI use.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+WORKERS ?= 2
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: install demo test check format bench reference-model clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: install
+	OMP_NUM_THREADS=2 $(BIN)/compress demo
+
+test: install
+	$(BIN)/pytest -q -n $(WORKERS) --dist worksteal
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: install
+	$(BIN)/python -m benchmarks
+
+reference-model: install
+	OMP_NUM_THREADS=2 $(BIN)/python -m reference.train
+
+clean:
+	rm -rf $(VENV) out runs build dist *.egg-info
