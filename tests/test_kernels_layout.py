@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compressor_kernels import cpu
 from compressor_kernels.layout import GROUP_SIZES, PlanarWeight, from_planar, to_planar
 from compressor_kernels.planes import from_planes, plane_widths, to_planes
-from compressor_kernels.reference import num_groups
+from compressor_kernels.reference import num_groups, pack_codes
 
 
 def random_weight(rows, columns, group_size, seed):
@@ -73,6 +74,18 @@ def test_bit_planes_give_back_the_codes_in_as_many_bits(bits, rows, columns, see
     padded = columns + -columns % 8
     assert sum(plane.numel() for plane in planes.values()) == rows * padded * bits // 8
     assert sum(plane_widths(bits)) == bits
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_byte_rows_hold_the_packed_stream_and_unpack_to_centred_codes(bits):
+    if not cpu.unpacks_bytes(bits):
+        pytest.skip("this torch build has no embedding unpack")
+    codes = torch.randint(0, 1 << bits, (5, 36)).to(torch.uint8)
+    rows = cpu.pack_byte_rows(codes, bits)
+    assert rows.shape == (5, 36 * bits // 8 + 4)
+    stream = pack_codes(codes, bits).view(torch.uint8)[:, : 36 * bits // 8]
+    assert torch.equal(rows[:, :-4], stream)
+    assert torch.equal(cpu.unpack_byte_rows(rows, bits), codes.float() - (1 << (bits - 1)))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Which code computes a packed linear on this device, decided once per layer and said aloud.
 
     plan = plan_linear("cpu", bits=4, group_size=128, symmetric=True, shape=(4096, 4096))
-    plan.name, plan.reason            # "planes", "activations are not bf16: exact float32 ..."
+    plan.name, plan.reason            # "cpu-bytes", "activations are not bf16: exact float32 ..."
     resident = plan.prepare(tensors)  # checkpoint tensors -> the tensors to keep
     y = plan.apply(x, resident)       # x [..., I] -> y [..., O] in x.dtype
 
@@ -132,7 +132,9 @@ def choose(device: torch.device, spec: LinearSpec) -> tuple[str, str]:
         return _choose_gpu(device, spec)
     capability = torch.backends.cpu.get_cpu_capability()
     if spec.dtype != torch.bfloat16:
-        return "planes", "activations are not bf16: exact float32 dequantization at each call"
+        fills_bytes = spec.shape[1] * spec.bits % 8 == 0
+        name = "cpu-bytes" if fills_bytes and cpu.unpacks_bytes(spec.bits) else "planes"
+        return name, "activations are not bf16: exact float32 dequantization at each call"
     if spec.symmetric and cpu.has_packed_ops():
         if spec.bits == 8 and cpu.int8_op_takes(spec.group_size, spec.shape):
             return "cpu-int8", f"{capability}: torch's int8 product up to {cpu.SMALL_ROWS} rows"
@@ -162,6 +164,12 @@ def _apply_planes(spec: LinearSpec, x: Tensor, resident: Tensors) -> Tensor:
     return cpu.planes_linear(
         x, resident, bits=spec.bits, group_size=spec.group_size, shape=spec.shape
     )
+
+
+def _prepare_bytes(spec: LinearSpec, tensors: Tensors) -> Tensors:
+    codes, scale, zeros = read_checkpoint(tensors, spec.bits, spec.group_size)
+    resident = {"rows": cpu.pack_byte_rows(codes, spec.bits), "scale": scale.contiguous()}
+    return resident if zeros is None else resident | {"zeros": zeros}
 
 
 def _prepare_triton(spec: LinearSpec, tensors: Tensors) -> Tensors:
@@ -212,6 +220,7 @@ def _apply_reference(spec: LinearSpec, x: Tensor, resident: Tensors) -> Tensor:
 WAYS: dict[str, Way] = {
     "triton": Way(_prepare_triton, _apply_triton),
     "planes": Way(_prepare_planes, _apply_planes),
+    "cpu-bytes": Way(_prepare_bytes, _apply_planes),
     "cpu-int4": Way(_prepare_int4, _apply_int4),
     "cpu-int8": Way(_prepare_int8, _apply_int8),
     "reference": Way(_prepare_reference, _apply_reference),
