@@ -22,7 +22,7 @@ _CREDENTIALS = re.compile(r"(?<=://)[^\s/@:]+(?::[^\s/@]*)?@")
 _USER_HOME = re.compile(r"(?:[A-Za-z]:\\Users\\|/(?:home|Users)/)[^\s/\\\"':,;]+")
 _PART = r"[^\s/\\\"'`<>|,;:()]"
 _POSIX = re.compile(rf"(?<![\w/.<-])(?:file:/*)?~?/(?:{_PART}+/)+({_PART}*)")
-_HOME_PATH = re.compile(rf"~[\\/](?:{_PART}+[\\/])*({_PART}*)")
+_HOME_PATH = re.compile(rf"(?:file:/*)?~[\\/](?:{_PART}+[\\/])*({_PART}*)")
 _WINDOWS = re.compile(rf"\b[A-Za-z]:\\(?:{_PART}+\\)*({_PART}*)")
 
 

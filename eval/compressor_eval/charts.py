@@ -45,7 +45,7 @@ def label(text: object, limit: int = 40) -> str:
 
 def size_text(count: float) -> str:
     """Bytes for people: binary units, three digits."""
-    sign, count = "-" if count < 0 else "", abs(count)
+    sign, count = "−" if count < 0 else "", abs(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{sign}{count:.{0 if unit == 'B' else 2}f} {unit}"
@@ -105,8 +105,9 @@ def _waterfall_bars(bars: list[tuple[str, float, float, str]]) -> str:
         for y, (name, start, change, colour) in enumerate(bars):
             axes.barh(y, change / top, left=start / top, color=colour, height=0.62)
             end = max(start, start + change) / top
-            share = f"  ({change / top:.1%})" if name == "artifact" else ""
-            axes.text(end + 0.008, y, size_text(change) + share, va="center", fontsize=9)
+            note = size_text(change) if change else "unchanged"
+            note += f" ({change / top:.1%})" if name == "artifact" else ""
+            axes.text(end + 0.008, y, note, va="center", fontsize=9)
         _name_rows(axes, [b[0] for b in bars])
         axes.set_xlim(0, 1.14)
         axes.xaxis.set_visible(False)
@@ -163,7 +164,7 @@ def sensitivity_bars(scores: Rows) -> str:
         _name_rows(axes, [s["unit"] for s in ranked])
         end = max((s["score"] for s in ranked), default=1) or 1
         for y, s in enumerate(ranked):
-            note = f"{s['score']:.3g}" + (f"   {label(s['scheme'])}" if s.get("scheme") else "")
+            note = f"{s['score']:.3g}" + (f" · {label(s['scheme'])}" if s.get("scheme") else "")
             axes.text(s["score"] + 0.008 * end, y, note, va="center", fontsize=8.5)
         axes.set_xlim(0, end * 1.2)
         axes.set_xlabel("score (predicted rise of the loss, nats)")
@@ -177,21 +178,24 @@ def kl_histogram(comparison: Mapping[str, Any]) -> str:
     edges = [edges[1] / 10**0.25, *edges[1:]]  # the first bin starts at zero
     total = sum(counts) or 1
     used = [i for i, c in enumerate(counts) if c] or [0]
-    first, last = used[0], used[-1]
+    named = {"mean": comparison.get("kl_mean"), "p99": comparison.get("kl_p99")}
+    marks = {name: value for name, value in named.items() if value}
+    low = min([edges[used[0]], *marks.values()])
+    high = max([edges[used[-1] + 1], *marks.values()])
     with _drawing(2.9) as (_, axes, result):
         widths = [(b - a) * 0.94 for a, b in itertools.pairwise(edges)]
         shares = [100 * c / total for c in counts]
         axes.bar(edges[:-1], shares, widths, align="edge", color=ACCENT, alpha=0.85)
         axes.set_xscale("log")
-        axes.set_xlim(edges[first] / 1.3, edges[last + 1] * 1.3)
+        axes.set_xlim(low / 1.5, high * 1.8)
         axes.set_ylim(0, max(shares) * 1.22)
-        for key, name in (("kl_mean", "mean"), ("kl_p99", "p99")):
-            _mark(axes, comparison.get(key), name)
+        for name, value in marks.items():
+            _mark(axes, value, name)
         axes.set_xlabel("KL divergence of one token (nats)")
         axes.set_ylabel("% of tokens")
         axes.minorticks_off()
         axes.tick_params(axis="y", labelcolor=MUTED)
-        _plain_powers(axes, edges[first], edges[last + 1])
+        _plain_powers(axes, low, high)
         axes.grid(axis="y")
     return result[0]
 
@@ -203,9 +207,7 @@ def _plain_powers(axes: Any, low: float, high: float) -> None:
     axes.set_xticks([10.0**p for p in powers], [f"1e{p}" if p else "1" for p in powers])
 
 
-def _mark(axes: Any, value: float | None, name: str) -> None:
-    if not value:
-        return
+def _mark(axes: Any, value: float, name: str) -> None:
     axes.axvline(value, color=SECOND, linewidth=1.4, linestyle=(0, (4, 3)))
     place = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points"}
     axes.annotate(
@@ -246,8 +248,8 @@ def _bits_note(row: Mapping[str, Any]) -> str:
 
 
 def _nice_ticks(axes: Any, low: float, high: float) -> None:
-    """1, 2 and 5 of each decade inside the range."""
+    """A few round numbers of each decade inside the range."""
     decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
-    ticks = [m * 10.0**d for d in decades for m in (1, 2, 5)]
+    ticks = [m * 10.0**d for d in decades for m in (1, 1.5, 2, 3, 5, 7)]
     inside = [t for t in ticks if low / 1.6 <= t <= high * 1.6]
     axes.set_xticks(inside, [f"{t:.3g}" for t in inside])
