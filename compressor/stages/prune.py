@@ -134,7 +134,8 @@ def _from_original(context: StageContext) -> bool:
 def _without_data(
     config: PruneConfig, context: StageContext, by_block: list[list[str]]
 ) -> Rewritten:
-    state, facts = context.state, {}
+    state = context.state
+    facts: dict[str, Any] = {}
     skeleton = state.skeleton()
     for position, names in enumerate(by_block):
         unit = f"block-{position:04d}"

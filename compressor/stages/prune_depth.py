@@ -66,9 +66,10 @@ def prune_depth(config: PruneConfig, context: StageContext) -> StageReport:
 
 def _listed(config: PruneConfig, kept: list[int], total: int) -> list[int]:
     wrong = [i for i in kept if not 0 <= i < total]
-    if wrong or len(set(kept)) != len(kept) or len(kept) == total:
-        problem = f"there is no block {wrong[0]}" if wrong else "blocks are repeated"
-        problem = "every block is kept" if len(set(kept)) == total else problem
+    repeated = len(set(kept)) != len(kept)
+    if wrong or repeated or len(kept) == total:
+        problem = "blocks are repeated" if repeated else "every block is kept"
+        problem = f"there is no block {wrong[0]}" if wrong else problem
         raise RecipeError(
             f"depth: {problem} (the model has blocks 0 to {total - 1})",
             code="RC17",
@@ -189,13 +190,12 @@ def _through(walk: Walk, block: Block, position: int, hidden: Tensor) -> Tensor:
 
 
 def _divergence(walk: Walk, rows: slice, reference: Tensor, hidden: Tensor) -> float:
-    total, count = 0.0, 0
+    kl = []
     for part in walk.batches(slice(0, hidden.shape[0])):
         tokens = walk.tokens[rows][part]
         logits = [walk.skeleton.leave(h[part], tokens) for h in (reference, hidden)]
-        kl = kl_tokens(*logits)
-        total, count = total + float(kl.double().sum()), count + kl.numel()
-    return total / count
+        kl.append(kl_tokens(*logits).double())
+    return float(torch.cat(kl).mean())
 
 
 @torch.no_grad()

@@ -116,7 +116,7 @@ def _check_structure(skeleton: Skeleton, shape: Shape) -> None:
     columns = {O: heads, DOWN: shape.channels}
     for block in skeleton.blocks:
         linears = find_linears(block)
-        sizes = {n: tuple(m.weight.shape) for n, m in linears.items()}
+        sizes = {n: tuple(m.get_parameter("weight").shape) for n, m in linears.items()}
         if set(sizes) != rows.keys() | columns.keys():
             raise _unsupported(skeleton.model_type)
         fit = all(sizes[n][0] == r for n, r in rows.items())

@@ -102,7 +102,8 @@ def _by_block(formats: Formats, state: ModelState) -> list[Formats]:
 def _materialise_rtn(
     config: QuantizeConfig, context: StageContext, by_block: list[Formats], tag: str
 ) -> Rewritten:
-    state, facts = context.state, {}
+    state = context.state
+    facts: dict[str, Any] = {}
     skeleton = state.skeleton()
     for position, formats in enumerate(by_block):
         unit = f"{tag}block-{position:04d}"
