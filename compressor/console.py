@@ -39,6 +39,11 @@ def show(text: str = "") -> None:
     sys.stdout.write(text + "\n")
 
 
+def show_text(text: str) -> None:
+    """Text from a model: lines and tabs stay, control characters cannot reach the terminal."""
+    show("".join(c if c in "\n\t" or c.isprintable() else printable(c) for c in text))
+
+
 def show_json(value: Any) -> None:
     """The one JSON object of a command with `--json`; non-finite numbers become null."""
     text = json.dumps(_finite(value), indent=1, default=str, ensure_ascii=False, allow_nan=False)

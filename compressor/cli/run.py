@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -88,6 +90,7 @@ def execute(recipe: Recipe, manner: Manner) -> None:
             fresh=manner.fresh,
             overwrite=manner.overwrite,
             break_lock=manner.break_lock,
+            command=shlex.join(["compress", *sys.argv[1:]]),
         )
         result = run_pipeline(recipe, options)
     facts: dict[str, Any] = {"output": str(result.output), "verdict": result.verdict}
