@@ -44,7 +44,8 @@ print(json.dumps([here.relative_error("cpu", **case) for case in json.loads(sys.
 
 def relative_error(device, *, shape, group, symmetric, split, dtype):
     """Error of one kernel run against float64 with exactly the same codes and scales."""
-    from compressor_kernels.dequant_gemm import KernelConfig, dequant_gemm
+    from compressor_kernels.dequant_gemm import dequant_gemm
+    from compressor_kernels.tuning import KernelConfig
 
     rows, out_features, columns = shape
     torch.manual_seed(rows * columns + group)
@@ -108,7 +109,8 @@ def test_the_compiled_kernel_agrees_with_the_oracle(case):
 @pytest.mark.gpu
 @needs_gpu
 def test_split_k_gives_the_same_bits_every_time():
-    from compressor_kernels.dequant_gemm import KernelConfig, dequant_gemm
+    from compressor_kernels.dequant_gemm import dequant_gemm
+    from compressor_kernels.tuning import KernelConfig
 
     codes = torch.randint(0, 16, (256, 2048)).to(torch.uint8).cuda()
     weight = to_planar(codes, torch.rand(256, 16).bfloat16().cuda(), None, 128)
@@ -118,7 +120,8 @@ def test_split_k_gives_the_same_bits_every_time():
 
 
 def test_operands_that_do_not_fit_are_refused():
-    from compressor_kernels.dequant_gemm import KernelConfig, dequant_gemm
+    from compressor_kernels.dequant_gemm import dequant_gemm
+    from compressor_kernels.tuning import KernelConfig
 
     weight = to_planar(torch.zeros(4, 64, dtype=torch.uint8), torch.ones(4, 1), None, 64)
     with pytest.raises(ValueError, match="x must be"):

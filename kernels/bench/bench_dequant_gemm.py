@@ -54,7 +54,8 @@ Row = dict[str, Any]
 
 def check_correctness() -> list[Row]:
     """Relative error against float64 for every format, odd shapes and split-K included."""
-    from compressor_kernels.dequant_gemm import KernelConfig, dequant_gemm
+    from compressor_kernels.dequant_gemm import dequant_gemm
+    from compressor_kernels.tuning import KernelConfig
 
     rows = []
     for group in (32, 64, 128, -1):
@@ -103,8 +104,7 @@ def graph_us(calls: list[Callable[[], object]]) -> float:
 
 def candidates(arch: str, shape: tuple[int, int], rows: int) -> list[Any]:
     """The rule's configuration and its neighbours in split-K, stages and warps."""
-    from compressor_kernels.dequant_gemm import KernelConfig
-    from compressor_kernels.tuning import heuristic
+    from compressor_kernels.tuning import KernelConfig, heuristic
 
     base = heuristic(arch, shape, rows)
     found = {base}

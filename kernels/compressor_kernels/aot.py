@@ -27,9 +27,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from compressor_kernels.dequant_gemm import KernelConfig, dequant_gemm_kernel
+from compressor_kernels.dequant_gemm import dequant_gemm_kernel
 from compressor_kernels.layout import BLOCK_K, BLOCK_N
-from compressor_kernels.tuning import heuristic
+from compressor_kernels.tuning import KernelConfig, heuristic
 
 # Instructions of one warp that fit into the time an 8 KiB tile takes to arrive, four warps a tile:
 # 8192 bytes / (bandwidth / processors / clock); a CDNA SIMD starts one vector instruction each four

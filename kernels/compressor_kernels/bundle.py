@@ -25,6 +25,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from compressor_kernels.tuning import choose_config
+
 TIERS = (1, 8, 16, 32, 64)
 
 
@@ -87,8 +89,6 @@ def launch_table(
     layers: Sequence[LayerFormat], archs: Sequence[str]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Launch configurations by architecture, layer and M; and the distinct kernels they need."""
-    from compressor_kernels.tuning import choose_config
-
     table: dict[str, Any] = {}
     jobs: dict[str, dict[str, Any]] = {}
     for arch in archs:

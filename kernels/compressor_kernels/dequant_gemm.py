@@ -24,14 +24,13 @@ result never depends on timing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from compressor_kernels.layout import BLOCK_K, PlanarWeight, padded_groups, tiles
+from compressor_kernels.tuning import KernelConfig, choose_config, device_arch
 
 MAGIC = {torch.bfloat16: 128.0, torch.float16: 1024.0}
 
@@ -265,23 +264,6 @@ def group_sums_kernel(X, XS, M, K, stride_xm, SIZE, BLOCK: tl.constexpr):
 # ------------------------------------------------------------------ host side
 
 
-@dataclass(frozen=True, slots=True)
-class KernelConfig:
-    """Launch shape: rows of x a tile, K splits, warps, software pipeline stages."""
-
-    block_m: int
-    split_k: int
-    num_warps: int
-    num_stages: int
-
-    def __post_init__(self) -> None:
-        for name in ("block_m", "split_k", "num_warps", "num_stages"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.block_m & (self.block_m - 1):
-            raise ValueError(f"block_m must be a power of two, got {self.block_m}")
-
-
 def is_interpreted() -> bool:
     """Whether TRITON_INTERPRET=1 was set when this module was imported."""
     return not isinstance(dequant_gemm_kernel, triton.runtime.JITFunction)
@@ -334,8 +316,6 @@ def dequant_gemm(
     """
     check_operands(x, weight, bias)
     if config is None:
-        from compressor_kernels.tuning import choose_config, device_arch
-
         config = choose_config(
             device_arch(x.device), weight.shape, x.shape[0], group_size=weight.group_size
         )

@@ -16,17 +16,34 @@ None of it has been measured on a GPU yet.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
 import torch
 
-from compressor_kernels.dequant_gemm import KernelConfig
 from compressor_kernels.layout import tiles
 
 PROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 142, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 M_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 OP = "dequant_gemm"
+
+
+@dataclass(frozen=True, slots=True)
+class KernelConfig:
+    """Launch shape: rows of x a tile, K splits, warps, software pipeline stages."""
+
+    block_m: int
+    split_k: int
+    num_warps: int
+    num_stages: int
+
+    def __post_init__(self) -> None:
+        for name in ("block_m", "split_k", "num_warps", "num_stages"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.block_m & (self.block_m - 1):
+            raise ValueError(f"block_m must be a power of two, got {self.block_m}")
 
 
 def device_arch(device: torch.device) -> str:
