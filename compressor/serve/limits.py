@@ -22,6 +22,8 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN_PATHS = frozenset({"/health", "/livez", "/readyz"})
+MAX_HEADERS = 200
+MAX_HEADER_BYTES = 64 * 1024
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
@@ -51,6 +53,7 @@ class Limits:
             await send(message)
 
         try:
+            _check_headers(scope)
             self._check_key(scope)
             self._check_length(scope)
         except ApiError as error:
@@ -104,6 +107,12 @@ class Limits:
             return message
 
         return limited
+
+
+def _check_headers(scope: Scope) -> None:
+    size = sum(len(name) + len(value) for name, value in scope["headers"])
+    if len(scope["headers"]) > MAX_HEADERS or size > MAX_HEADER_BYTES:
+        raise ApiError(431, "too many or too large headers", headers={"connection": "close"})
 
 
 def _request_id(scope: Scope) -> str:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from compressor.errors import UsageError
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
@@ -76,6 +78,8 @@ class ServeOptions:
         for name in ("max_queue", "port"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} must not be negative", code="SV33")
+        if self.dtype not in DTYPES:
+            raise UsageError(f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}", code="SV33")
         if self.token_budget("cuda") < self.max_num_seqs:
             raise UsageError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) is below "

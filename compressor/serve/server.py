@@ -9,9 +9,13 @@ cuts at once.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import logging
 import socket
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,23 +27,31 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from compressor.errors import ResourceError, UnsupportedError
 from compressor.serve.api import create_app
 from compressor.serve.engine import LLMEngine
+from compressor.serve.limits import MAX_HEADER_BYTES
 from compressor.serve.options import ServeOptions
 from compressor.serve.serving import Serving
 
 _HEADER_TIMEOUT_S = 10.0
-_MAX_HEADER_BYTES = 64 * 1024
 logger = logging.getLogger(__name__)
 
 
-def serve(path: Path, options: ServeOptions) -> None:
+def serve(
+    path: Path, options: ServeOptions, *, on_ready: Callable[[int], object] | None = None
+) -> None:
     """Load the folder and answer requests until a signal ends it.
+
+    Args:
+        path: a model or an artifact.
+        options: see there.
+        on_ready: called with the port once requests are taken.
 
     Raises UsageError, CheckpointError, ResourceError or UnsupportedError before listening.
     """
     listener = bind(options.host, options.port)
     try:
-        engine = open_engine(path, options)
-        serve_engine(engine, options, listener)
+        named = options.served_model_name or Path(path).resolve().name
+        options = dataclasses.replace(options, served_model_name=named)
+        serve_engine(open_engine(Path(path), options), options, listener, on_ready=on_ready)
     finally:
         listener.close()
 
@@ -47,18 +59,14 @@ def serve(path: Path, options: ServeOptions) -> None:
 def open_engine(path: Path, options: ServeOptions) -> LLMEngine:
     """An engine over the folder's model, packed linears in place."""
     from compressor.modeling.load import load_model
+    from compressor.serve.integrity import check_digests
 
-    loaded = load_model(
-        path,
-        packed=True,
-        device=device_of(options),
-        dtype=None if options.dtype == "auto" else options.dtype,
-        verify=options.verify,
-    )
+    notes = [check_digests(path)] if options.verify else []
+    loaded = load_model(path, device=device_of(options), dtype=dtype_of(options))
     if loaded.tokenizer is None:
         raise UnsupportedError(f"{path} has no tokenizer", code="SV33")
     engine = LLMEngine(loaded.model, loaded.tokenizer, options)
-    for note in [*loaded.notes, *engine.notes]:
+    for note in [*notes, *loaded.notes, *engine.notes]:
         logger.info("%s", note)
     return engine
 
@@ -72,14 +80,48 @@ def device_of(options: ServeOptions) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def serve_engine(engine: LLMEngine, options: ServeOptions, listener: socket.socket) -> None:
+def dtype_of(options: ServeOptions) -> Any:
+    """The torch dtype; "auto" is None, the loader's choice."""
+    import torch
+
+    return None if options.dtype == "auto" else getattr(torch, options.dtype)
+
+
+def serve_engine(
+    engine: LLMEngine,
+    options: ServeOptions,
+    listener: socket.socket,
+    *,
+    on_ready: Callable[[int], object] | None = None,
+) -> None:
     """Answer requests on a bound socket until a signal ends it."""
     app = create_app(engine, options)
     serving: Serving = app.state.serving
     serving.worker.start()
     try:
-        DrainingServer(server_config(app), serving).run(sockets=[listener])
+        DrainingServer(server_config(app), serving, on_ready).run(sockets=[listener])
     finally:
+        serving.worker.stop()
+        serving.texts.close()
+
+
+@contextlib.contextmanager
+def background_server(engine: LLMEngine, options: ServeOptions) -> Iterator[int]:
+    """A server in a thread of this process, for checks; yields its port."""
+    app = create_app(engine, options)
+    serving: Serving = app.state.serving
+    serving.worker.start()
+    listener = bind("127.0.0.1", 0)
+    server = DrainingServer(server_config(app), serving)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        while not server.started and thread.is_alive():
+            time.sleep(0.005)
+        yield int(listener.getsockname()[1])
+    finally:
+        server.should_exit = True
+        thread.join()
         serving.worker.stop()
         serving.texts.close()
 
@@ -112,7 +154,7 @@ def server_config(app: Any) -> uvicorn.Config:
         log_level="warning",
         access_log=False,
         server_header=False,
-        h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=5,
     )
@@ -121,10 +163,21 @@ def server_config(app: Any) -> uvicorn.Config:
 class DrainingServer(uvicorn.Server):
     """Uvicorn with a shutdown that lets running requests end."""
 
-    def __init__(self, config: uvicorn.Config, serving: Serving) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        serving: Serving,
+        on_ready: Callable[[int], object] | None = None,
+    ) -> None:
         super().__init__(config)
         self._serving = serving
+        self._on_ready = on_ready
         self._deadline: float | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self._on_ready is not None and self.started and sockets:
+            self._on_ready(int(sockets[0].getsockname()[1]))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """First signal: drain. Second: stop."""
