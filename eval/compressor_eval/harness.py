@@ -55,6 +55,11 @@ class CompressorLM(TemplateLM):  # type: ignore[misc]
             return ids
         return [bos, *ids]
 
+    def loglikelihood(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
+        """lm-eval's own, without its progress bar."""
+        answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return answers
+
     def _loglikelihood_tokens(self, requests: list[Request], **_: Any) -> list[tuple[float, bool]]:
         """ln p(continuation | context) and whether greedy decoding would write it."""
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1] + requests[i][2]))
