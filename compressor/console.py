@@ -121,6 +121,12 @@ def event_of(record: logging.LogRecord) -> dict[str, Any] | None:
     return event if isinstance(event, dict) else None
 
 
+def phase_of(event: Mapping[str, Any]) -> str:
+    """Stage and kind of unit: `01-quantize block` for its unit `block-0003`."""
+    unit = str(event.get("unit", "")).rstrip("0123456789").rstrip("-")
+    return f"{event.get('stage', '')} {printable(unit)}".strip()
+
+
 class JsonLines(logging.Handler):
     """Progress and messages as JSON lines on stderr."""
 
@@ -135,7 +141,7 @@ class PlainLines(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__()
-        self._stage, self._since, self._last = "", 0.0, 0.0
+        self._phase, self._since, self._last, self._last_event = "", 0.0, 0.0, 0.0
 
     def emit(self, record: logging.LogRecord) -> None:
         event = event_of(record)
@@ -144,8 +150,10 @@ class PlainLines(logging.Handler):
                 say(f"{record.levelname.lower()}: {record.getMessage()}")
             return
         now = time.monotonic()
-        if event.get("stage") != self._stage:
-            self._stage, self._since, self._last = str(event.get("stage")), now, 0.0
+        if phase_of(event) != self._phase:
+            first_took = now - self._last_event if self._last_event else 0.0
+            self._phase, self._since, self._last = phase_of(event), now - first_took, 0.0
+        self._last_event = now
         is_last = event.get("index") == event.get("total")
         if is_last or now - self._last >= PLAIN_INTERVAL_S:
             self._last = now
@@ -173,7 +181,7 @@ class Bars(logging.Handler):
 
     def _update(self, event: Mapping[str, Any]) -> None:
         progress = self._progress = self._progress or _new_bars()
-        stage = str(event.get("stage", ""))
+        stage = phase_of(event)
         if stage not in self._tasks:
             self._tasks[stage] = progress.add_task(stage, total=None, note="")
         note = f"{event.get('unit', '')}{_extras(event)}"

@@ -37,6 +37,13 @@ def test_plain_lines_do_not_flood(capsys: Output) -> None:
     assert len(capsys.readouterr().err.splitlines()) == 2
 
 
+def test_each_kind_of_unit_is_a_phase_of_its_own() -> None:
+    first = {"stage": "01-quantize", "unit": "swap-in-0003"}
+    assert console.phase_of(first) == "01-quantize swap-in"
+    assert console.phase_of({**first, "unit": "block-0001"}) == "01-quantize block"
+    assert console.phase_of({}) == ""
+
+
 def test_with_json_progress_is_json_lines_on_stderr(capsys: Output) -> None:
     with console.session(as_json=True):
         tell(stage="01-quantize", unit="b", index=1, total=2, loss=float("nan"))
