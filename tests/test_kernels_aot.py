@@ -90,6 +90,11 @@ def test_a_bundle_lists_the_digest_of_every_file_it_wrote(tmp_path):
         assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == digest
 
 
+def test_a_group_size_without_a_kernel_gets_no_binary(tmp_path):
+    digests = artifact_bundle([LayerFormat((64, 64), 16, True)], ["sm_90"], tmp_path)
+    assert all(name.startswith("source/") for name in digests["files"])
+
+
 @pytest.mark.slow
 def test_a_bundle_for_an_architecture_holds_a_binary_for_every_tier(tmp_path):
     digests = artifact_bundle([LayerFormat((256, 256), 128, True)], ["sm_90"], tmp_path)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 
 import compressor_kernels
 from compressor_kernels.layout import to_planar
@@ -75,6 +76,8 @@ def _to(tensor, device):
 
 @pytest.fixture(scope="module")
 def interpreted_errors():
+    if triton.__version__ < "3.7":
+        pytest.skip("the interpreter of Triton 3.6 breaks with numpy 2.4")
     paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     environment = {
         **os.environ,

@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from compressor_kernels.dequant_gemm import dequant_gemm_kernel
-from compressor_kernels.layout import BLOCK_K, BLOCK_N
+from compressor_kernels.layout import BLOCK_K, BLOCK_N, GROUP_SIZES
 from compressor_kernels.tuning import KernelConfig, heuristic
 
 # Instructions of one warp that fit into the time an 8 KiB tile takes to arrive, four warps a tile:
@@ -128,8 +128,13 @@ def constants(arch: str, config: KernelConfig, variant: Variant) -> dict[str, An
 
 
 def compile_for(arch: str, config: KernelConfig, variant: Variant | None = None) -> CompiledKernel:
-    """Compile `dequant_gemm_kernel` for `arch`; raises KeyError for an unknown one."""
+    """Compile `dequant_gemm_kernel` for `arch`.
+
+    Raises KeyError for an unknown architecture, ValueError for a group size without a kernel.
+    """
     variant = Variant() if variant is None else variant
+    if variant.group_size not in GROUP_SIZES:
+        raise ValueError(f"group_size must be one of {GROUP_SIZES}, got {variant.group_size}")
     types = signature(variant, config.split_k)
     names = dequant_gemm_kernel.arg_names
     aligned = [(i,) for i, n in enumerate(names) if n in (*POINTERS, "N", "K", "stride_xm")]

@@ -25,6 +25,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from compressor_kernels.layout import GROUP_SIZES
 from compressor_kernels.tuning import choose_config
 
 TIERS = (1, 8, 16, 32, 64)
@@ -64,13 +65,15 @@ def artifact_bundle(
 ) -> dict[str, Any]:
     """Write the bundle into `out_dir` (made if missing) and return `digests.json`.
 
+    Layers with a group size that the kernel does not have are left out of the launch table.
     Compiles in a child process. Raises BundleError when that fails. No `archs`: no binaries.
     """
     (out_dir / "source").mkdir(parents=True, exist_ok=True)
     for name, content in kernel_sources().items():
         (out_dir / "source" / name).write_bytes(content)
-    if archs and layers:
-        launch, jobs = launch_table(layers, archs)
+    with_kernel = [layer for layer in layers if layer.group_size in GROUP_SIZES]
+    if archs and with_kernel:
+        launch, jobs = launch_table(with_kernel, archs)
         _write_json(out_dir / "launch.json", launch)
         _compile(jobs, out_dir)
     digests = {

@@ -54,8 +54,9 @@ def has_packed_ops() -> bool:
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
-    """bf16 when x is and the processor has bf16 products, else float32."""
-    return x.dtype if x.dtype == torch.bfloat16 and has_fast_bf16() else torch.float32
+    """bf16 when x is and the device has bf16 products, else float32."""
+    fast = x.device.type != "cpu" or has_fast_bf16()
+    return x.dtype if x.dtype == torch.bfloat16 and fast else torch.float32
 
 
 # ------------------------------------------------------------------ exact, any width
