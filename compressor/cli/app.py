@@ -13,7 +13,7 @@ from typing import Annotated, cast
 import typer
 
 from compressor import __version__
-from compressor.cli import checks, doctor, evaluate, recipes, run, serving, single
+from compressor.cli import checks, demo, doctor, evaluate, recipes, run, serving, single
 from compressor.errors import CompressError, Interrupted, UsageError
 
 # typer carries its own copy of click in new versions: reach the classes through typer itself.
@@ -46,6 +46,7 @@ def _options(
 
 
 app.command("run")(run.run)
+app.command("demo")(demo.demo)
 app.command("resume")(run.resume)
 app.command("quantize")(single.quantize)
 app.command("prune")(single.prune)

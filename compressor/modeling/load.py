@@ -30,7 +30,7 @@ from compressor.modeling.skeleton import empty_model, tied_names
 from compressor.modeling.state import spellings
 from compressor_kernels.cpu import has_fast_bf16
 
-_SCALES: dict[torch.dtype, ScaleDtype] = {
+SCALE_NAMES: dict[torch.dtype, ScaleDtype] = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
@@ -132,7 +132,7 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def _auto_dtype(checkpoint: Checkpoint, device: str) -> torch.dtype:
-    stored = {i.dtype for i in checkpoint.tensors.values() if i.dtype in _SCALES}
+    stored = {i.dtype for i in checkpoint.tensors.values() if i.dtype in SCALE_NAMES}
     lowest = min(stored, key=lambda d: d.itemsize, default=torch.float32)
     if lowest == torch.float32 or (torch.device(device).type == "cpu" and not has_fast_bf16()):
         return torch.float32
@@ -201,7 +201,7 @@ class _Reader:
         stored = self.checkpoint.tensors
         disk = {n: self._linear_on_disk(n) for n in names}
         packed = {n: d for n, d in disk.items() if f"{d}.weight_packed" in stored}
-        scales = {d: _SCALES[stored[f"{d}.weight_scale"].dtype] for d in packed.values()}
+        scales = {d: SCALE_NAMES[stored[f"{d}.weight_scale"].dtype] for d in packed.values()}
         formats = read_formats(config, scales, file=str(self.checkpoint.path / "config.json"))
         return {n: formats[d] for n, d in packed.items()}
 
