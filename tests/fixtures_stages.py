@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,11 @@ from compressor.run_dir import RunDir, StageRun
 from compressor.stages import distill, prune, quantize
 from compressor.stages.context import StageContext, StageReport
 
-_APPLY = {"prune": prune.apply, "quantize": quantize.apply, "distill": distill.apply}
+_APPLY: dict[str, Callable[[Any, StageContext], StageReport]] = {
+    "prune": prune.apply,
+    "quantize": quantize.apply,
+    "distill": distill.apply,
+}
 
 
 def token_rows(count: int = 12, length: int = 32) -> TokenRows:
@@ -72,7 +77,7 @@ class Bench:
                 source=self.model,
                 seed=0,
             )
-            return _APPLY[kind](STAGE_CONFIGS[kind](kind=kind, **keys), context)
+            return _APPLY[kind](STAGE_CONFIGS[kind].model_validate({"kind": kind, **keys}), context)
 
 
 def weights(state: ModelState) -> dict[str, torch.Tensor]:

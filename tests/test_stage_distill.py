@@ -1,4 +1,4 @@
-"""Distillation: what is stored keeps its form, a killed run ends the same, and it never gets worse."""
+"""Distillation: stored forms stay, a killed run ends the same, and it never gets worse."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_a_quantized_model_keeps_its_formats_and_gets_exact_zeros(
     tiny_models: Models, tmp_path: Path
 ) -> None:
     bench = Bench(tiny_models("llama"), tmp_path / "run")
-    scheme = {"scheme": "W4A16_ASYM", "group_size": 32}
+    scheme: dict[str, Any] = {"scheme": "W4A16_ASYM", "group_size": 32}
     quantized = bench.apply(bench.original, "quantize", **scheme).state
     pruned = bench.apply(quantized, "prune", pattern="2:4").state
     before = quantized.read_block(1, quantized.skeleton())
@@ -217,7 +218,7 @@ def test_a_shallower_model_keeps_the_kinds_of_its_layers(
     ],
 )
 def test_requests_that_do_not_fit_the_model_are_refused(
-    tiny_models: Models, tmp_path: Path, keys: dict[str, object], message: str
+    tiny_models: Models, tmp_path: Path, keys: dict[str, Any], message: str
 ) -> None:
     bench = Bench(tiny_models("llama"), tmp_path / "run")
     with pytest.raises(RecipeError, match=message):

@@ -76,7 +76,7 @@ class StoredLinear(nn.Module):
         self.set_packed(pack_weight(codes, scale, zero, fmt))
 
     def codes(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes uint8 [O, I], scale fp32 [O, G] and zero point int32 [O, G] of a quantized layer."""
+        """Codes uint8 [O, I], scale fp32 [O, G], zero point int32 [O, G]; quantized layers only."""
         if self._codes is None:
             raise ValueError("this layer is dense")
         return self._codes
@@ -108,9 +108,15 @@ def find_linears(block: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in block.named_modules() if is_linear(m)}
 
 
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """[O, I] of a linear of transformers' own class, whatever its orientation."""
+    weight = module.get_parameter("weight")
+    rows, columns = weight.t().shape if isinstance(module, Conv1D) else weight.shape
+    return rows, columns
+
+
 def packed_from_tensors(tensors: dict[str, Tensor], linear: str, fmt: LayerFormat) -> PackedWeight:
     """Pick one linear's stored tensors out of a block's."""
     prefix = f"{linear}."
     parts = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(f"{prefix}weight_")}
     return PackedWeight(parts, fmt)
-

@@ -111,7 +111,7 @@ class Skeleton:
         first = first_stub.seen
         if first is None:
             raise UnsupportedError(f"{self.model_type}: its blocks are not called", code="CK26")
-        return first, [dict(stub.kwargs) for stub in self._stubs]  # type: ignore[arg-type]
+        return first, [dict(stub.kwargs) for stub in self._stubs]
 
     def leave(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Final norm and head: the last block's output [B, T, D] -> logits [B, T, V].

@@ -4,7 +4,8 @@
 
 Process 0 is the run: it reads, writes, journals and does every other stage. The others wait; for
 each distill stage they are sent what to train, build the same models from the same files and take
-part in every step, and when the run ends they are dismissed.
+part in every step, and when the run ends they are dismissed. If process 0 fails or is stopped, the
+launcher ends them; what training had committed by then is on disk as always.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
 
+from compressor.errors import CompressError
 from compressor.modeling.state import ModelState
 
 WAIT = timedelta(days=30)  # a run may calibrate for long before it trains
@@ -53,7 +55,10 @@ def follow(work: Callable[[Any], None]) -> None:
         broadcast_object_list(received, from_process=0)
         if received[0] is None:
             return
-        work(received[0])
+        try:
+            work(received[0])
+        except CompressError:  # the same numbers fail in process 0, which tells and ends the run
+            return
 
 
 def portable(state: ModelState) -> ModelState:

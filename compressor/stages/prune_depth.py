@@ -155,7 +155,7 @@ def _cost(walk: Walk, rows: slice, num_removed: int) -> float:
     """FLOP of all rounds: 2 for each weight of a block, token, and pass."""
     weights = sum(p.numel() for p in walk.skeleton.blocks[0].parameters())
     tokens = (rows.stop - rows.start) * walk.tokens.shape[1]
-    return 2.0 * weights * tokens * num_removed * walk.num_blocks**2 / 2
+    return float(weights * tokens * num_removed * walk.num_blocks**2)
 
 
 @torch.no_grad()
@@ -195,7 +195,7 @@ def _divergence(walk: Walk, rows: slice, reference: Tensor, hidden: Tensor) -> f
         tokens = walk.tokens[rows][part]
         logits = [walk.skeleton.leave(h[part], tokens) for h in (reference, hidden)]
         kl.append(kl_tokens(*logits).double())
-    return float(torch.cat(kl).mean())
+    return float(torch.cat(kl).mean().item())
 
 
 @torch.no_grad()

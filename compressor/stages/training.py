@@ -179,7 +179,7 @@ class Training:
         if self.accelerator.num_processes > 1:
             flat = torch.cat([_gradient(p).flatten() for p in self.parameters])
             flat = self.accelerator.reduce(flat, "sum")
-            parts = flat.split([p.numel() for p in self.parameters])
+            parts = torch.split(flat, [p.numel() for p in self.parameters])
             for parameter, part in zip(self.parameters, parts, strict=True):
                 parameter.grad = part.view_as(parameter)
 
@@ -287,7 +287,7 @@ def _groups(slots: list[Slot]) -> list[dict[str, Any]]:
 
 def _micro_batches(rows: Tensor) -> Iterator[Tensor]:
     size = max(1, TOKENS_PER_MICRO_BATCH // rows.shape[1])
-    return iter(rows.split(size)) if len(rows) else iter(())
+    return iter(torch.split(rows, size)) if len(rows) else iter(())
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
@@ -304,7 +304,7 @@ def _next_token_loss(student: WholeModel, hidden: Tensor, tokens: Tensor) -> Ten
         return cross_entropy(student.head(h), y) * len(y)
 
     total = torch.zeros((), device=student.device)
-    for h, y in zip(rows.split(CHUNK), targets.split(CHUNK), strict=True):
+    for h, y in zip(torch.split(rows, CHUNK), torch.split(targets, CHUNK), strict=True):
         total = total + checkpoint(part, h, y, use_reentrant=False)
     return total / len(rows)
 
