@@ -1,6 +1,6 @@
 """Codes to checkpoint tensors and back, in compressed-tensors' `pack-quantized` layout.
 
-    weight_packed      int32 [O, ceil(I*b/32)]    unsigned codes, an LSB-first stream along the inputs
+    weight_packed      int32 [O, ceil(I*b/32)]    unsigned codes, LSB-first stream along the inputs
     weight_scale       float [O, G]
     weight_shape       int64 (2,)                 [O, I]
     weight_zero_point  int32 [ceil(O*b/32), G]    asymmetric only; packed along the *outputs*
@@ -68,7 +68,7 @@ def pack_weight(codes: Tensor, scale: Tensor, zero_point: Tensor, fmt: LayerForm
 
 
 def unpack_weight(packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes uint8 [O, I], scale fp32 [O, G] and zero point int32 [O, G], by the reference reader."""
+    """Codes uint8 [O, I], scale fp32 [O, G], zero point int32 [O, G], by the reference reader."""
     fmt, (rows, columns) = packed.format, packed.shape
     codes = unpack_codes(packed.tensors["weight_packed"], fmt.bits, (rows, columns))
     scale = packed.tensors["weight_scale"].float()

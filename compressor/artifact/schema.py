@@ -118,9 +118,10 @@ def _weights_of(name: str, groups: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _parse(weights: dict[str, Any], scale: ScaleDtype, where: Where) -> LayerFormat:
-    bits, strategy = weights.get("num_bits"), weights.get("strategy")
-    known = weights.get("type") == "int" and isinstance(bits, int) and 2 <= bits <= 8
-    if not known or strategy not in ("group", "channel") or weights.get("actorder") == "group":
+    bits: Any = weights.get("num_bits")
+    strategy = weights.get("strategy")
+    is_known = weights.get("type") == "int" and strategy in ("group", "channel")
+    if not is_known or bits not in range(2, 9) or weights.get("actorder") == "group":
         raise UnsupportedError(
             f"weights stored as {weights} are not supported", code="CK34", where=where
         )

@@ -76,7 +76,9 @@ def block_tensors(block: Block, source: BlockTensors) -> BlockTensors:
             tensors[f"{name}.weight"] = linear.stored
     weights = {f"{n}.weight" for n in block.linears}
     stored = tuple(f"{n}.weight_" for n in block.linears)
-    rest = {n: t for n, t in source.tensors.items() if n not in weights and not n.startswith(stored)}
+    rest = {
+        n: t for n, t in source.tensors.items() if n not in weights and not n.startswith(stored)
+    }
     return BlockTensors({**rest, **tensors}, formats, block.masked)
 
 

@@ -40,7 +40,7 @@ def disk_name(model_type: str, name: str) -> str:
 def format_unit(linear: str) -> str:
     """The unit of one format that a block-relative linear belongs to.
 
-    Fused siblings share a unit ("self_attn.q_proj+k_proj+v_proj"), and so do all experts of a layer.
+    Fused siblings share a unit ("self_attn.q_proj+k_proj+v_proj"), as do all experts of a layer.
     """
     if match := EXPERT.match(linear):
         return match["experts"]

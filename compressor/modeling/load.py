@@ -156,7 +156,11 @@ class _Reader:
     """Fills one empty model from one checkpoint, tensor by tensor."""
 
     def __init__(
-        self, checkpoint: Checkpoint, model: PreTrainedModel, dtype: torch.dtype, options: LoadOptions
+        self,
+        checkpoint: Checkpoint,
+        model: PreTrainedModel,
+        dtype: torch.dtype,
+        options: LoadOptions,
     ) -> None:
         self.checkpoint = checkpoint
         self.model = model

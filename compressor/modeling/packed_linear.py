@@ -24,6 +24,7 @@ class PackedLinear(nn.Module):
             dtype: dtype of the activations.
         """
         super().__init__()
+        self.bias: Tensor | None
         self.out_features, self.in_features = packed.shape
         fmt = packed.format
         spec = LinearSpec(fmt.bits, fmt.group_size, fmt.symmetric, packed.shape, dtype)

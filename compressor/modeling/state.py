@@ -105,7 +105,7 @@ class ModelState:
 
 
 def spellings(name: str) -> list[str]:
-    """How checkpoints spell a tensor: as the model does, without its base prefix, or by old names."""
+    """How files spell a tensor: as the model does, without its base prefix, or by old names."""
     out = [name, name.partition(".")[2]]
     if name == "lm_head.weight":
         out.append("embed_out.weight")

@@ -59,9 +59,8 @@ class Allocation:
 
     def as_json(self) -> dict[str, Any]:
         """For the report."""
-        keys = ("labels", "scores", "predicted", "budget_bytes", "bytes", "pareto", "method")
-        keys += ("num_weights",)
-        return {key: getattr(self, key) for key in keys}
+        hidden = ("formats", "uniform", "notes")
+        return {key: getattr(self, key) for key in Allocation.__slots__ if key not in hidden}
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +135,7 @@ def legal_candidates(config: QuantizeConfig) -> list[str]:
     Raises:
         RecipeError: none is left.
     """
-    legal = [label for label in config.candidates if _is_legal(label, config)]
+    legal: list[str] = [label for label in config.candidates if _is_legal(label, config)]
     if not [label for label in legal if label != KEEP]:
         raise RecipeError(
             "no candidate format is legal for every engine named",
@@ -217,9 +216,7 @@ def kept_bytes(context: StageContext, selection: Selection) -> int:
     return total - int(targeted * dense_bytes_per_weight(context))
 
 
-def _scores(
-    config: QuantizeConfig, context: StageContext, problem: _Problem
-) -> tuple[Scores, str]:
+def _scores(config: QuantizeConfig, context: StageContext, problem: _Problem) -> tuple[Scores, str]:
     quantized = [o for o in problem.options if o.formats]
     if config.scores == "swap_in_kl" or (
         config.scores == "auto" and _swap_in_flop(context, quantized) <= SWAP_IN_FLOP_LIMIT
@@ -228,7 +225,7 @@ def _scores(
     fisher = _journaled_fisher(config, context, quantized)
     middle = _middle_label(quantized)
     ranked = sorted(fisher, key=lambda u: fisher[u][middle], reverse=True)
-    sample = set(ranked[:: FITTED_SHARE]) | {ranked[0]}
+    sample = set(ranked[::FITTED_SHARE]) | {ranked[0]}
     measured = swap_in_scores(
         config, context, [o for o in quantized if o.unit in sample and o.label == middle]
     )
@@ -258,9 +255,8 @@ def _swap_in_flop(context: StageContext, options: list[UnitOption]) -> float:
     """Cost of measuring every option: half of the model again for each, 2 FLOP a weight a token."""
     assert context.tokens is not None, "scores need calibration rows"
     tokens = min(32, context.tokens.tokens.shape[0]) * context.tokens.tokens.shape[1]
-    weights = sum(i.nbytes for i in context.state.checkpoint.tensors.values())
-    weights /= dense_bytes_per_weight(context)
-    return len(options) * tokens * weights * 1.2
+    stored = sum(i.nbytes for i in context.state.checkpoint.tensors.values())
+    return len(options) * tokens * stored / dense_bytes_per_weight(context) * 1.2
 
 
 def _choices(config: QuantizeConfig, problem: _Problem, scores: Scores) -> list[Choice]:
@@ -333,5 +329,7 @@ def _notes(config: QuantizeConfig, selection: Selection) -> list[str]:
     group = config.preset.group_size
     changed = {t.shape[1] for t in selection.targets if group > 0 and t.shape[1] % group}
     illegal = [c for c in config.candidates if c not in legal_candidates(config)]
-    notes = [f"group_size {group} does not divide {n} inputs; a smaller one is used" for n in changed]
+    notes = [
+        f"group_size {group} does not divide {n} inputs; a smaller one is used" for n in changed
+    ]
     return notes + [f"{c} is no candidate: not every engine loads it" for c in illegal]

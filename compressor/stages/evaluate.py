@@ -42,7 +42,9 @@ def apply(config: EvaluateConfig, context: StageContext) -> StageReport:
     return StageReport(state, facts)
 
 
-def evaluate_pair(base: str, artifact: Path, config: EvaluateConfig, out_dir: Path) -> dict[str, Any]:
+def evaluate_pair(
+    base: str, artifact: Path, config: EvaluateConfig, out_dir: Path
+) -> dict[str, Any]:
     """`compress eval`: compare two folders, write `report.json` into `out_dir`, judge by the gate.
 
     Raises:
@@ -79,9 +81,7 @@ def evaluate_models(config: EvaluateConfig, original: Path, artifact: Path) -> d
     base, model = load_model(original, packed=False), load_model(artifact, packed=True)
     rows = evaluation_rows(config.data, base)
     comparison = compare(base.model, model.model, rows.tokens, mask=rows.mask)
-    bos = probe_bos(
-        base.model, rows.tokens, base.tokenizer.bos_token_id, tokenizer=base.tokenizer
-    )
+    bos = probe_bos(base.model, rows.tokens, base.tokenizer.bos_token_id, tokenizer=base.tokenizer)
     tasks = _tasks(config, base, model)
     verdict = judge(comparison, tasks, _gate(config.gate))
     return {

@@ -168,16 +168,12 @@ def _file_entries(file: Path, rename: Any) -> list[Entry]:
     return out
 
 
-def _write_config(
-    state: ModelState, skeleton: Skeleton, contents: Contents, folder: Path
-) -> None:
+def _write_config(state: ModelState, skeleton: Skeleton, contents: Contents, folder: Path) -> None:
     config = {k: v for k, v in state.config.items() if k != "quantization_config"}
     if contents.formats:
         names = [_on_disk(skeleton, t.name, t.linear) for t in block_linears(skeleton)]
         dense = [n for n in names if n not in contents.formats]
-        config["quantization_config"] = quantization_config(
-            contents.formats, [*dense, "lm_head"]
-        )
+        config["quantization_config"] = quantization_config(contents.formats, [*dense, "lm_head"])
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
 

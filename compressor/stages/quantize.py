@@ -136,7 +136,5 @@ def _materialise_gptq(
     return sweep.run(rewrite)
 
 
-def _commit(
-    context: StageContext, unit: str, tensors: BlockTensors, facts: dict[str, Any]
-) -> None:
+def _commit(context: StageContext, unit: str, tensors: BlockTensors, facts: dict[str, Any]) -> None:
     context.run.commit(unit, tensors.tensors, {**tensors.meta(), "facts": facts})

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from transformers.pytorch_utils import Conv1D
+
 from compressor.artifact.formats import GROUP_SIZES, LayerFormat, ScaleDtype, fits
-from compressor.errors import RecipeError, UnsupportedError, Where
+from compressor.errors import RecipeError, UnsupportedError
 from compressor.modeling.families import format_unit
-from compressor.modeling.linears import find_linears
+from compressor.modeling.linears import find_linears, linear_shape
 from compressor.modeling.skeleton import Skeleton
 from compressor.modeling.state import ModelState
 from compressor.recipe import Preset, QuantizeConfig, match_names
-from transformers.pytorch_utils import Conv1D
 
 ALL_LINEARS = "linear"
 
@@ -51,11 +52,8 @@ def block_linears(skeleton: Skeleton) -> list[Target]:
     found = []
     for position, block in enumerate(skeleton.blocks):
         for linear, module in find_linears(block).items():
-            rows, columns = module.weight.shape
-            if isinstance(module, Conv1D):
-                rows, columns = columns, rows
             name = f"{skeleton.blocks_name}.{position}.{linear}"
-            found.append(Target(name, position, linear, (int(rows), int(columns))))
+            found.append(Target(name, position, linear, linear_shape(module)))
     return found
 
 

@@ -233,7 +233,9 @@ def _backward(
 def _note(seen: _Seen) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
     def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         seen.inputs.append(args[0].detach().reshape(-1, args[0].shape[-1]))
-        out.register_hook(lambda g: seen.gradients.append(g.reshape(-1, g.shape[-1])))
+        out.register_hook(  # type: ignore[no-untyped-call]
+            lambda g: seen.gradients.append(g.reshape(-1, g.shape[-1]))
+        )
 
     return hook
 

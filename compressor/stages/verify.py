@@ -161,7 +161,7 @@ def _check_packing(checkpoint: Checkpoint, name: str, fmt: LayerFormat) -> None:
 def _check_masks(
     checkpoint: Checkpoint, manifest: Manifest, formats: dict[str, LayerFormat]
 ) -> None:
-    """A linear that was pruned still has zeros (their number is in the report of the prune stage)."""
+    """A linear that was pruned still has zeros (the prune stage's report says how many)."""
     for name in manifest.masked:
         if name in formats:
             codes, _, zero = unpack_weight(read_packed(checkpoint, name, formats[name]))
