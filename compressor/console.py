@@ -27,6 +27,8 @@ PLAIN_INTERVAL_S = 2.0
 _QUIET_VARIABLES = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -94,14 +96,16 @@ def session(*, as_json: bool = False) -> Iterator[None]:
         os.environ.setdefault(name, value)
     for name in _QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|torch)\\..*")
     ours, handler = logging.getLogger("compressor"), _handler(as_json)
     level, propagate = ours.level, ours.propagate
     ours.setLevel(logging.INFO)
     ours.propagate = False
     ours.addHandler(handler)
     try:
-        yield
+        with warnings.catch_warnings():
+            noise = "(transformers|torch)\\..*"
+            warnings.filterwarnings("ignore", category=FutureWarning, module=noise)
+            yield
     finally:
         ours.removeHandler(handler)
         ours.setLevel(level)

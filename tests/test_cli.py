@@ -270,3 +270,10 @@ def test_the_schema_is_json(capsys: Output) -> None:
 def test_resume_needs_a_run_folder(tmp_path: Path, capsys: Output) -> None:
     assert run_command(["resume", str(tmp_path)]) == 2
     assert "compress run RECIPE" in capsys.readouterr().err
+
+
+def test_inspect_lists_layers_with_bytes_and_bits(capsys: Output) -> None:
+    assert run_command(["inspect", "reference", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert sum(row["bytes"] for row in found["rows"]) == found["total"]["weight bytes"]
+    assert {row["bits a weight"] for row in found["rows"]} == {16.0}
