@@ -66,7 +66,7 @@ def rows_for(data: DataConfig, context: StageContext) -> TokenRows:
         )
     config = parse_config(context.state.config).get_text_config()
     return token_rows(
-        data if data.seed is not None else data.model_copy(update={"seed": context.seed}),
+        data,
         tokenizer,
         vocab_size=config.vocab_size,
         max_positions=getattr(config, "max_position_embeddings", None),
