@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 
 from compressor.errors import ResourceError
+from compressor.serve import server
 from compressor.serve.generation import Generation
 from compressor.serve.protocol import ApiError
 from compressor.serve.sequence import Delta, SamplingParams
-from compressor.serve.server import bind
 from compressor.serve.worker import Job
 from tests.fixtures_serve import Live
 
@@ -23,11 +23,11 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 @pytest.fixture(scope="module")
 def live():
-    server = Live(max_num_seqs=4, max_queue=4, body_timeout_s=1.0)
-    yield server
-    assert server.idle()
-    assert server.engine.pool.num_free == server.engine.pool.num_blocks
-    server.close()
+    served = Live(max_num_seqs=4, max_queue=4, body_timeout_s=1.0)
+    yield served
+    assert served.idle()
+    assert served.engine.pool.num_free == served.engine.pool.num_blocks
+    served.close()
 
 
 def raw(live, data, *, wait=10.0):
@@ -153,6 +153,14 @@ def test_a_body_that_never_ends_is_cut_off(live):
     assert time.monotonic() - started < 5
 
 
+def test_headers_that_never_end_are_cut_off(live, monkeypatch):
+    monkeypatch.setattr(server, "_HEADER_TIMEOUT_S", 0.2)
+    started = time.monotonic()
+    assert raw(live, b"GET /health HTTP/1.1\r\nhost: x\r\n") == b""
+    assert raw(live, b"") == b""
+    assert time.monotonic() - started < 5
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -257,39 +265,39 @@ def test_a_reader_that_does_not_read_is_cut_off_and_others_are_not():
 
 
 def test_draining_refuses_new_work_and_lets_running_work_end():
-    server = Live(drain_timeout_s=20)
+    served = Live(drain_timeout_s=20)
     answers = []
-    thread = threading.Thread(target=lambda: answers.append(server.ask(COMPLETIONS, LONG)))
+    thread = threading.Thread(target=lambda: answers.append(served.ask(COMPLETIONS, LONG)))
     thread.start()
-    while not server.engine.scheduler.running:
+    while not served.engine.scheduler.running:
         time.sleep(0.005)
-    server.server.handle_exit(15, None)
-    assert server.ask("/readyz")[0] == 503
-    assert server.ask(COMPLETIONS, {"prompt": "x"})[0] == 503
+    served.server.handle_exit(15, None)
+    assert served.ask("/readyz")[0] == 503
+    assert served.ask(COMPLETIONS, {"prompt": "x"})[0] == 503
     thread.join()
-    server.thread.join(10)
-    assert not server.thread.is_alive()
+    served.thread.join(10)
+    assert not served.thread.is_alive()
     assert answers[0][0] == 200
     assert answers[0][2]["usage"]["completion_tokens"] == 400
-    server.close()
+    served.close()
 
 
 def test_draining_cuts_what_takes_too_long():
-    server = Live(drain_timeout_s=0.2)
-    run = server.engine.runner.run
-    server.engine.runner.run = lambda items: time.sleep(0.05) or run(items)
+    served = Live(drain_timeout_s=0.2)
+    run = served.engine.runner.run
+    served.engine.runner.run = lambda items: time.sleep(0.05) or run(items)
     answers = []
-    thread = threading.Thread(target=lambda: answers.append(server.ask(COMPLETIONS, LONG)))
+    thread = threading.Thread(target=lambda: answers.append(served.ask(COMPLETIONS, LONG)))
     thread.start()
-    while not server.engine.scheduler.running:
+    while not served.engine.scheduler.running:
         time.sleep(0.005)
-    server.server.handle_exit(15, None)
+    served.server.handle_exit(15, None)
     thread.join(10)
-    server.thread.join(10)
+    served.thread.join(10)
     assert answers[0][0] == 503
-    server.close()
+    served.close()
 
 
 def test_a_busy_port_is_found_before_loading(live):
     with pytest.raises(ResourceError, match="cannot listen"):
-        bind("127.0.0.1", live.port)
+        server.bind("127.0.0.1", live.port)

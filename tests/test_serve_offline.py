@@ -116,6 +116,7 @@ def test_a_target_that_cannot_be_reached_is_an_error(target):
         run_bench(target)
 
 
+@pytest.mark.slow
 def test_a_served_process_ends_with_status_0_on_sigterm(tiny_models):
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()

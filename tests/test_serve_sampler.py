@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from compressor.errors import UsageError
 from compressor.serve.sampler import draw_token, edit_logits, sample, token_logprobs, uniform
 from compressor.serve.sequence import SamplingParams, Sequence
 
@@ -73,6 +74,14 @@ def test_penalties_follow_openai_definition():
 def test_end_of_text_waits_for_the_minimum_length():
     sequence = Sequence("a", (4,), SamplingParams(temperature=0, min_tokens=1))
     assert sample(LOGITS[None], [sequence], frozenset({0})) == [1]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1}, {"top_p": 0}, {"min_p": 2}, {"top_k": -1}, {"stop": ("",)}]
+)
+def test_settings_out_of_range_are_refused(wrong):
+    with pytest.raises(UsageError):
+        SamplingParams(**wrong)
 
 
 def test_logprobs_are_of_the_raw_logits():

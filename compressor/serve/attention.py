@@ -102,7 +102,9 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule) -> 
     batch, kv_heads, group, num_queries, _ = q.shape
     if rule.softcap is None and rule.sinks is None:
         rows = q.reshape(batch, kv_heads, group * num_queries, -1)
-        tiled = mask.unsqueeze(1).expand(-1, group, -1, -1).flatten(1, 2).unsqueeze(1)
+        tiled = mask.unsqueeze(1)
+        if num_queries > 1:
+            tiled = tiled.expand(-1, group, -1, -1).flatten(1, 2).unsqueeze(1)
         out = F.scaled_dot_product_attention(rows, k, v, attn_mask=tiled, scale=rule.scale)
         return out.reshape(batch, kv_heads, group, num_queries, -1)
     scores = (q @ k.unsqueeze(2).transpose(-1, -2)) * rule.scale
@@ -220,7 +222,7 @@ class PagedBatch:
             rows = q[0, :, chunk.row : chunk.row + chunk.count]
             context = keys[chunk.slots].transpose(0, 1), values[chunk.slots].transpose(0, 1)
             parts.append(_chunk(rows, *context, self._chunk_mask(index, chunk, rule), rule))
-        return torch.cat(parts).unsqueeze(0)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(0)
 
     def _decode(self, q: Tensor, keys: Tensor, values: Tensor, rule: Rule) -> Tensor:
         num_decodes = self.decode_slots.shape[0]

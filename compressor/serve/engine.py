@@ -87,16 +87,16 @@ class LLMEngine:
         total = len(prompt) + params.max_tokens
         if not prompt:
             raise UsageError("the prompt is empty", code="SV09")
-        if any(not 0 <= t < self.vocab_size for t in prompt):
-            raise UsageError(f"token ids must be in [0, {self.vocab_size})", code="SV09")
-        if any(not 0 <= t < self.vocab_size for t, _ in params.logit_bias):
-            raise UsageError(f"logit_bias ids must be in [0, {self.vocab_size})", code="SV09")
         if total > self.max_model_len:
             raise UsageError(
                 f"this model's maximum context length is {self.max_model_len} tokens; the prompt "
                 f"has {len(prompt)} and max_tokens is {params.max_tokens}",
                 code="SV09",
             )
+        if any(not 0 <= t < self.vocab_size for t in prompt):
+            raise UsageError(f"token ids must be in [0, {self.vocab_size})", code="SV09")
+        if any(not 0 <= t < self.vocab_size for t, _ in params.logit_bias):
+            raise UsageError(f"logit_bias ids must be in [0, {self.vocab_size})", code="SV09")
 
     def add_request(self, request_id: str, prompt: Sequence[int], params: SamplingParams) -> None:
         """Queue a request (checked as in `validate`)."""

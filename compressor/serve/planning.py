@@ -83,6 +83,8 @@ async def _prompt(
     if isinstance(prompt, str):
         ids = await serving.texts.encode(prompt, add_special_tokens=special)
         return Prompt(ids, prompt if echo else "")
+    if len(prompt) > serving.engine.max_model_len:
+        raise ApiError(400, "the prompt is longer than the model's context", param="prompt")
     return Prompt(prompt, serving.texts.decode(prompt) if echo else "")
 
 

@@ -247,7 +247,7 @@ class DetokenizeRequest(_Strict):
     """Body of `/detokenize`."""
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0, lt=2**31)]]
+    tokens: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(max_length=2**17)
 
 
 def read_json(body: bytes) -> Any:

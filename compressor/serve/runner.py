@@ -139,31 +139,36 @@ class ModelRunner:
         return self.cache.null_slot
 
     def _batch(self, flat: list[Scheduled]) -> tuple[PagedBatch, list[int]]:
+        """Decodes come first in `flat`; also the row at which each item starts."""
         assert self.cache is not None
-        starts, slots, decodes, chunks, row = [], [], [], [], 0
-        for item in flat:
+        decodes = [item for item in flat if item.count == 1]
+        contexts, lengths = self._decode_slots(decodes)
+        slots = [contexts.gather(1, lengths[:, None] - 1).flatten()]
+        starts, chunks = list(range(len(decodes))), []
+        row = len(decodes)
+        for item in flat[len(decodes) :]:
             context = self._slots(item.sequence.block_table, item.stop)
             slots.append(context[item.start :])
             starts.append(row)
-            if item.count == 1:
-                decodes.append(context)
-            else:
-                chunks.append(Chunk(row, item.count, context.to(self.device)))
+            chunks.append(Chunk(row, item.count, context.to(self.device)))
             row += item.count
-        lengths = torch.tensor([c.shape[0] for c in decodes], dtype=torch.int64)
-        padded = torch.full(
-            (len(decodes), int(lengths.max()) if decodes else 0), self.cache.null_slot
-        )
-        for index, context in enumerate(decodes):
-            padded[index, : context.shape[0]] = context
-        batch = PagedBatch(
-            self.cache,
-            torch.cat(slots).to(self.device),
-            padded.to(self.device),
-            lengths.to(self.device),
-            chunks,
-        )
+        place = self.device
+        flat_slots = torch.cat(slots).to(place)
+        batch = PagedBatch(self.cache, flat_slots, contexts.to(place), lengths.to(place), chunks)
         return batch, starts
+
+    def _decode_slots(self, decodes: list[Scheduled]) -> tuple[Tensor, Tensor]:
+        """Slots of each decode token's context, padded with the null slot, and the lengths."""
+        assert self.cache is not None
+        lengths = torch.tensor([item.stop for item in decodes], dtype=torch.int64)
+        longest = max((item.stop for item in decodes), default=0)
+        width = -(-longest // self.block_size)
+        tables = [item.sequence.block_table[:width] for item in decodes]
+        padded = [table + [0] * (width - len(table)) for table in tables]
+        blocks = torch.tensor(padded, dtype=torch.int64).reshape(len(decodes), width, 1)
+        slots = (blocks * self.block_size + torch.arange(self.block_size)).flatten(1)[:, :longest]
+        known = torch.arange(longest) < lengths[:, None]
+        return slots.where(known, self.cache.null_slot), lengths
 
     def _slots(self, block_table: list[int], length: int) -> Tensor:
         blocks = torch.tensor(block_table[: -(-length // self.block_size)], dtype=torch.int64)

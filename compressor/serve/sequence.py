@@ -8,11 +8,14 @@ so at least one query token remains (a prefix hit is capped at `len(tokens) - 1`
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
+
+from compressor.errors import UsageError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -54,6 +57,20 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        bounds = {
+            "temperature": 0 <= self.temperature < math.inf,
+            "top_p": 0 < self.top_p <= 1,
+            "top_k": self.top_k >= 0,
+            "min_p": 0 <= self.min_p <= 1,
+            "max_tokens": self.max_tokens >= 0,
+            "min_tokens": 0 <= self.min_tokens <= self.max_tokens,
+            "stop": all(self.stop),
+        }
+        for name, holds in bounds.items():
+            if not holds:
+                raise UsageError(f"{name} is out of range: {getattr(self, name)}", code="SV10")
 
     @property
     def changes_logits(self) -> bool:
