@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+import compressor
 from compressor.data import TokenRows, load_documents, overlap, token_rows
 from compressor.errors import CheckpointError, DataError, GateError, Where
 from compressor.modeling.hub import resolve_model
@@ -25,6 +26,7 @@ from compressor_eval import tasks as task_metrics
 from compressor_eval.bos import probe_bos
 from compressor_eval.divergence import Comparison, compare, decode_worst
 from compressor_eval.gate import Gate, judge, tier
+from compressor_eval.report import ReportData, write_report
 
 SAMPLE_PROMPT_TOKENS = 48
 SAMPLE_NEW_TOKENS = 48
@@ -45,17 +47,29 @@ def apply(config: EvaluateConfig, context: StageContext) -> StageReport:
 def evaluate_pair(
     base: str, artifact: Path, config: EvaluateConfig, out_dir: Path
 ) -> dict[str, Any]:
-    """`compress eval`: compare two folders, write `report.json` into `out_dir`, judge by the gate.
+    """`compress eval`: compare two folders, write the report into `out_dir`, judge by the gate.
 
     Raises:
         GateError: the gate failed or could not be decided (the report is written first).
     """
-    import json
-
     facts = evaluate_models(config, resolve_model(base).path, Path(artifact))
     out_dir.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(facts, indent=1, sort_keys=True) + "\n"
-    (out_dir / "report.json").write_text(text, encoding="utf-8")
+    write_report(
+        ReportData(
+            title=f"{Path(artifact).name} against {Path(base).name}",
+            base=Path(base).name,
+            version=compressor.__version__,
+            verdict=facts["verdict"],
+            tier=facts["summary"]["tier"],
+            comparison=facts["comparison"],
+            bos=facts["bos"],
+            data=f"{config.data.source}, digest {facts['data']['digest'][:12]}",
+            tasks=facts["tasks"],
+            worst=facts["worst"],
+            notes=facts["data"]["notes"],
+        ),
+        out_dir,
+    )
     check_gate(facts, out_dir)
     return {**facts["summary"], "verdict": facts["verdict"]["status"], "evaluation": facts}
 
