@@ -119,9 +119,7 @@ def test_a_run_stopped_at_any_step_ends_with_the_same_bytes(
     first = whole.apply(whole.original, "distill", **short | shallow)
     halved = Bench(tiny_models("llama_tied"), tmp_path / "halved")
     with pytest.raises(Interrupted):
-        halved.apply(
-            halved.original, "distill", stop_after=stop_after, index=1, **short | shallow
-        )
+        halved.apply(halved.original, "distill", stop_after=stop_after, index=1, **short | shallow)
     second = halved.apply(halved.original, "distill", index=1, **short | shallow)
     assert units(tmp_path / "whole") == units(tmp_path / "halved")
     assert first.facts == second.facts

@@ -88,9 +88,7 @@ def test_quantizing_after_pruning_leaves_the_pattern_in_place(
         assert bool((after[name][weight == 0] == 0).all())
 
 
-def test_magnitude_needs_no_calibration_and_wanda_does(
-    tiny_models: Models, tmp_path: Path
-) -> None:
+def test_magnitude_needs_no_calibration_and_wanda_does(tiny_models: Models, tmp_path: Path) -> None:
     bench = Bench(tiny_models("llama"), tmp_path / "run", calibrated=False)
     report = bench.apply(
         bench.original, "prune", method="magnitude", sparsity=0.25, reconstruct=False

@@ -99,9 +99,7 @@ def _targets(config: PruneConfig, state: ModelState) -> list[Target]:
     """Linears of the blocks that are not ignored; each must fit the pattern (CK29)."""
     linears = block_linears(state.skeleton())
     names = [*(t.name for t in linears), "lm_head"]
-    ignored = match_names(
-        config.ignore, names, where=config.where("ignore"), optional=("lm_head",)
-    )
+    ignored = match_names(config.ignore, names, where=config.where("ignore"), optional=("lm_head",))
     out = {n for hits in ignored.values() for n in hits}
     targets = [t for t in linears if t.name not in out]
     if not targets:
@@ -262,5 +260,3 @@ def _counts(config: PruneConfig, linear: StoredLinear) -> dict[str, Any]:
     asked = config.pattern or config.sparsity
     counts = {"num_zeros": zeros, "num_weights": dense.numel()}
     return {"pruned_by": config.method, "asked": asked, **counts}
-
-

@@ -25,6 +25,8 @@ from compressor.recipe import DistillConfig, Student
 from compressor.stages.context import StageContext
 from compressor.stages.prune_depth import config_with_layers, keep_layers
 
+OUTER_UNIT = "student-outer"
+
 
 def make_student(config: DistillConfig, context: StageContext) -> tuple[ModelState, list[str]]:
     """The student before training, and what a person should know about where it came from.
@@ -103,22 +105,21 @@ def _from_seed(
     new |= {names.get(key, key): value for key, value in sizes.items()}
     if new.get("head_dim") and {"hidden_size", "num_attention_heads"} & sizes.keys():
         new["head_dim"] = new["hidden_size"] // new["num_attention_heads"]
-    _draw(new, config, context)
-    run = context.run
+    run, units = context.run, [f"student-{i:04d}" for i in range(count)]
+    if not all(run.is_done(unit) for unit in [*units, OUTER_UNIT]):
+        _draw(new, config, context)
     refs = tuple(
-        BlockRef(index, run.file(f"student-{i:04d}"), run.meta(f"student-{i:04d}"))
-        for i, index in enumerate(kept)
+        BlockRef(index, run.file(unit), run.meta(unit))
+        for index, unit in zip(kept, units, strict=True)
     )
-    outer = run.file("student-outer")
+    outer = run.file(OUTER_UNIT)
     shown = ", ".join(f"{key} {value}" for key, value in sizes.items())
     note = f"the student ({shown}) starts from random weights"
     return replace(teacher, config=new, blocks=refs, outer=outer), [note]
 
 
 def _draw(new: dict[str, Any], config: DistillConfig, context: StageContext) -> None:
-    """Initialise from the seed and commit as units, unless that is done."""
-    if context.run.is_done("student-outer"):
-        return
+    """Initialise from the seed and commit as units."""
     try:
         parsed = parse_config(new)
         empty = empty_model(new)
@@ -144,7 +145,7 @@ def _draw(new: dict[str, Any], config: DistillConfig, context: StageContext) -> 
         mine = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         context.run.commit(f"student-{i:04d}", mine, {"formats": {}, "masked": []})
     outer = {n: tensors[n] for n in skeleton.outer_names()}
-    context.run.commit("student-outer", outer, {})
+    context.run.commit(OUTER_UNIT, outer, {})
 
 
 def _weights_dtype(state: ModelState) -> torch.dtype:
@@ -162,5 +163,3 @@ def _impossible(config: DistillConfig, problem: str) -> RecipeError:
         where=config.where("student"),
         fix="change the student's sizes",
     )
-
-

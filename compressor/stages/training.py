@@ -72,9 +72,7 @@ class Pupils:
 class Training:
     """Optimizer and progress over one student; `run` yields at checkpoints through a callback."""
 
-    def __init__(
-        self, config: DistillConfig, pupils: Pupils, tokens: Tensor, *, seed: int
-    ) -> None:
+    def __init__(self, config: DistillConfig, pupils: Pupils, tokens: Tensor, *, seed: int) -> None:
         """Prepare; nothing is computed.
 
         Args:
@@ -316,6 +314,8 @@ def _as_stored(slots: list[Slot]) -> Iterator[None]:
     exact = [s.parameter.detach().clone() for s in rounded]
     for slot in rounded:
         slot.parameter.data.copy_(slot.parameter.detach().to(slot.dtype))
-    yield
-    for slot, value in zip(rounded, exact, strict=True):
-        slot.parameter.data.copy_(value)
+    try:
+        yield
+    finally:
+        for slot, value in zip(rounded, exact, strict=True):
+            slot.parameter.data.copy_(value)
