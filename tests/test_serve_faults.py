@@ -12,6 +12,7 @@ import pytest
 from compressor.errors import ResourceError
 from compressor.serve import server
 from compressor.serve.generation import Generation
+from compressor.serve.limits import Limits
 from compressor.serve.protocol import ApiError
 from compressor.serve.sequence import Delta, SamplingParams
 from compressor.serve.worker import Job
@@ -144,6 +145,16 @@ def test_a_body_above_the_cap_gets_413_before_it_is_read(live, head):
     if b"chunked" in head:
         data += (b"10000\r\n" + b" " * 65536 + b"\r\n") * 80
     assert raw(live, data).startswith((b"HTTP/1.1 413", b"HTTP/1.1 400"))
+
+
+def test_many_large_bodies_at_once_get_429(live):
+    limits = Limits(None, live.options)
+    cap = live.options.max_body_bytes
+    for _ in range(32):
+        limits.hold(cap, cap)
+    with pytest.raises(ApiError) as refused:
+        limits.hold(cap, cap)
+    assert refused.value.status == 429
 
 
 def test_a_body_that_never_ends_is_cut_off(live):

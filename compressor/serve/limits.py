@@ -24,6 +24,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 OPEN_PATHS = frozenset({"/health", "/livez", "/readyz"})
 MAX_HEADERS = 200
 MAX_HEADER_BYTES = 64 * 1024
+_BODIES_HELD = 32  # full-size bodies in memory at once
+_CLOSE = {"connection": "close"}
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
@@ -38,6 +40,7 @@ class Limits:
     def __init__(self, app: App, options: ServeOptions) -> None:
         self.app = app
         self.options = options
+        self._bytes_held = 0
         self._key_digest = hashlib.sha256(b"Bearer " + (options.api_key or "").encode()).digest()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -58,7 +61,11 @@ class Limits:
             self._check_length(scope)
         except ApiError as error:
             return await error_response(error)(scope, receive, send_with_id)
-        await self.app(scope, self._limited(receive), send_with_id)
+        body = _Body(receive, self)
+        try:
+            await self.app(scope, body.receive, send_with_id)
+        finally:
+            self._bytes_held -= body.size
 
     def _check_key(self, scope: Scope) -> None:
         if self.options.api_key is None or scope["path"] in OPEN_PATHS:
@@ -80,33 +87,41 @@ class Limits:
 
     def _too_large(self) -> ApiError:
         cap = self.options.max_body_bytes
-        return ApiError(
-            413, f"the body is larger than {cap} bytes", headers={"connection": "close"}
-        )
+        return ApiError(413, f"the body is larger than {cap} bytes", headers=_CLOSE)
 
-    def _limited(self, receive: Receive) -> Receive:
-        """`receive` that counts the body and the time it takes."""
-        deadline = asyncio.get_running_loop().time() + self.options.body_timeout_s
-        size, complete = 0, False
+    def hold(self, size: int, total: int) -> None:
+        """Count `size` more bytes of a body of `total` so far; ApiError 413 or 429 at the caps."""
+        self._bytes_held += size
+        if total > self.options.max_body_bytes:
+            raise self._too_large()
+        if self._bytes_held > _BODIES_HELD * self.options.max_body_bytes:
+            headers = _CLOSE | {"retry-after": "1"}
+            raise ApiError(429, "too many large requests, try again", headers=headers)
 
-        async def limited() -> Message:
-            nonlocal size, complete
-            if complete:
-                return await receive()
-            try:
-                async with asyncio.timeout_at(deadline):
-                    message = await receive()
-            except TimeoutError:
-                raise ApiError(
-                    408, "the body did not arrive in time", headers={"connection": "close"}
-                ) from None
-            size += len(message.get("body", b""))
-            complete = not message.get("more_body", False)
-            if size > self.options.max_body_bytes:
-                raise self._too_large()
-            return message
 
-        return limited
+class _Body:
+    """`receive` of one request, which counts its bytes and the time they take."""
+
+    def __init__(self, receive: Receive, limits: Limits) -> None:
+        self._receive = receive
+        self._limits = limits
+        self._deadline = asyncio.get_running_loop().time() + limits.options.body_timeout_s
+        self._complete = False
+        self.size = 0
+
+    async def receive(self) -> Message:
+        if self._complete:
+            return await self._receive()
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                message = await self._receive()
+        except TimeoutError:
+            raise ApiError(408, "the body did not arrive in time", headers=_CLOSE) from None
+        size = len(message.get("body", b""))
+        self.size += size
+        self._complete = not message.get("more_body", False)
+        self._limits.hold(size, self.size)
+        return message
 
 
 def _check_headers(scope: Scope) -> None:

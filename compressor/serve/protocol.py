@@ -20,7 +20,7 @@ MAX_CHOICES = 16
 MAX_TOKENS = 2**20
 MAX_STOPS = 16
 _SEED = 2**63
-StopString = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
 # Accepted because they cannot change the answer.
 HARMLESS = {

@@ -76,6 +76,8 @@ class EngineThread:
     def submit(self, job: Job, sink: Sink) -> None:
         """Queue a sequence; `sink` is called in the engine's thread with each of its deltas."""
         self._sinks[job.request_id] = sink
+        if self.observer is not None:
+            self.observer.arrived(job.request_id, len(job.prompt))
         self._inbox.put(lambda: self._add(job))
 
     def cancel(self, request_ids: Collection[str]) -> None:
@@ -86,8 +88,6 @@ class EngineThread:
         self.cancel(list(self._sinks))
 
     def _add(self, job: Job) -> list[Delta]:
-        if self.observer is not None:
-            self.observer.arrived(job.request_id, len(job.prompt))
         try:
             self.engine.add_request(job.request_id, job.prompt, job.params)
         except Exception as error:
