@@ -243,10 +243,11 @@ from compressor.recipe.models import DataConfig, Student
 from compressor.stages import distill, processes
 from tests.fixtures_stages import Bench
 
+model, text, folder = map(Path, sys.argv[1:])
 if processes.is_follower():
     processes.follow(distill.help_training)
+    (folder / "follower").write_text(str(processes.join().num_processes))
 else:
-    model, text, folder = map(Path, sys.argv[1:])
     data = DataConfig(source=str(text), num_samples=16, seq_len=24, packing="packed")
     bench = Bench(model, folder)
     keys = {"steps": 6, "checkpoint_steps": 2, "batch_size": 4, "warmup_steps": 1}
@@ -263,16 +264,15 @@ else:
 def test_two_processes_take_the_same_steps_as_one(
     tiny_models: Models, tmp_path: Path, short: dict[str, Any]
 ) -> None:
-    script = tmp_path / "two.py"
+    script, folder = tmp_path / "two.py", tmp_path / "two"
     script.write_text(_TWO_PROCESSES)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     path = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "eval"))
-    subprocess.run(
-        [*launch, "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-         str(script), str(tiny_models("llama")), short["data"].source, str(tmp_path / "two")],
-        check=True, timeout=240, cwd=ROOT, env={**os.environ, "PYTHONPATH": path},
-    )  # fmt: skip
-    two = json.loads((tmp_path / "two" / "facts.json").read_text())
+    files = [str(tiny_models("llama")), short["data"].source, str(folder)]
+    env = {**os.environ, "PYTHONPATH": path}
+    subprocess.run([*launch, str(script), *files], check=True, timeout=300, cwd=ROOT, env=env)
+    assert (folder / "follower").read_text() == "2"
+    two = json.loads((folder / "facts.json").read_text())
     one = Bench(tiny_models("llama"), tmp_path / "one")
     student = Student(num_hidden_layers=1)
     facts = one.apply(one.original, "distill", **short, student=student).facts

@@ -1,6 +1,7 @@
 """Distillation in several processes: the first one runs the recipe, the others help in training.
 
-    accelerate launch --num_processes 2 -m compressor run recipe.yaml
+    accelerate launch --multi_gpu --num_processes 8 -m compressor run recipe.yaml
+    torchrun --nproc_per_node 2 -m compressor run recipe.yaml          (gloo, without a GPU)
 
 Process 0 is the run: it reads, writes, journals and does every other stage. The others wait; for
 each distill stage they are sent what to train, build the same models from the same files and take
@@ -16,6 +17,7 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
+import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
 
@@ -27,7 +29,10 @@ WAIT = timedelta(days=30)  # a run may calibrate for long before it trains
 
 def join() -> Accelerator:
     """Meet the other processes (if any); call this early in each of them."""
-    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)])
+    return Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
+    )
 
 
 def is_follower() -> bool:

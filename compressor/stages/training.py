@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -31,6 +30,7 @@ from compressor.algorithms.distillation import chunked_forward_kl, cross_entropy
 from compressor.errors import DataError, NumericError
 from compressor.modeling.whole import Slot, WholeModel
 from compressor.recipe import DistillConfig
+from compressor.stages import processes
 
 TOKENS_PER_MICRO_BATCH = 4096
 SCALE_RATE = 20.0  # log-scales move in relative steps; they take a larger rate than weights
@@ -82,7 +82,7 @@ class Training:
             seed: of the order of rows.
         """
         self.config, self.pupils, self.seed = config, pupils, seed
-        self.accelerator = Accelerator()
+        self.accelerator = processes.join()
         held_out = _held_out(len(tokens), config)
         self.rows, self.held_out = tokens[:-held_out], tokens[-held_out:]
         self.progress = Progress()
