@@ -309,6 +309,19 @@ def test_draining_cuts_what_takes_too_long():
     served.close()
 
 
+def test_other_origins_get_no_permission(live):
+    headers = {"origin": "http://evil", "access-control-request-method": "POST"}
+    _, found, _ = live.ask(COMPLETIONS, None, "OPTIONS", headers)
+    assert not [name for name in found if name.lower().startswith("access-control")]
+
+
+def test_prompts_do_not_reach_the_log(live, caplog):
+    caplog.set_level("DEBUG")
+    assert live.ask(COMPLETIONS, {"prompt": "SECRETWORD", "max_tokens": 2})[0] == 200
+    assert live.ask(COMPLETIONS, {"prompt": "SECRETWORD", "max_tokens": -2})[0] == 400
+    assert "SECRETWORD" not in caplog.text
+
+
 def test_a_busy_port_is_found_before_loading(live):
     with pytest.raises(ResourceError, match="cannot listen"):
         server.bind("127.0.0.1", live.port)
