@@ -14,6 +14,7 @@ from compressor.artifact.formats import LayerFormat, ScaleDtype
 from compressor.errors import CheckpointError, UnsupportedError, Where
 
 FORMAT = "pack-quantized"
+_GROUP_KEYS = ("targets", "weights")
 VERSION = "0.20.0"  # of the schema: the compressed-tensors release it was written for
 
 
@@ -92,9 +93,10 @@ def read_formats(
             where=where,
             fix="supported: compressed-tensors, pack-quantized (integer weight-only)",
         )
+    groups = _groups(config.get("config_groups"), where)
     found = {}
     for name, scale in scales.items():
-        weights = _weights_of(name, config["config_groups"])
+        weights = _weights_of(name, groups)
         if weights is None:
             raise CheckpointError(
                 f"no config group covers {name}, whose weights are packed", code="CK21", where=where
@@ -103,27 +105,53 @@ def read_formats(
     return found
 
 
-def _weights_of(name: str, groups: dict[str, Any]) -> dict[str, Any] | None:
+def _groups(value: Any, where: Where) -> list[tuple[list[str], dict[str, Any]]]:
+    """Targets and weight settings of each group, with their types checked; a config is foreign."""
+    groups = list(value.values()) if isinstance(value, dict) else [None]
+    found = []
+    for group in groups:
+        targets, weights = (group.get(k) if isinstance(group, dict) else None for k in _GROUP_KEYS)
+        is_sound = isinstance(targets, list) and all(isinstance(t, str) for t in targets)
+        if not is_sound or not isinstance(weights, dict) or not _compiles(targets or []):
+            text = f"config_groups is damaged: {group!r}"
+            raise CheckpointError(text, code="CK21", where=where)
+        found.append((targets or [], weights))
+    return found
+
+
+def _compiles(targets: list[str]) -> bool:
+    try:
+        return all(re.compile(t[3:]) for t in targets if t.startswith("re:"))
+    except re.error:
+        return False
+
+
+def _weights_of(name: str, groups: list[tuple[list[str], dict[str, Any]]]) -> dict[str, Any] | None:
     """compressed-tensors' precedence: an exact name, then regular expressions, then the class."""
     rank: list[tuple[int, dict[str, Any]]] = []
-    for group in groups.values():
-        for target in group.get("targets", []):
+    for targets, weights in groups:
+        for target in targets:
             if target == name:
-                rank.append((0, group["weights"]))
+                rank.append((0, weights))
             elif target.startswith("re:") and re.match(target[3:], name):
-                rank.append((1, group["weights"]))
+                rank.append((1, weights))
             elif target == "Linear":
-                rank.append((2, group["weights"]))
+                rank.append((2, weights))
     return min(rank, key=lambda r: r[0])[1] if rank else None
 
 
 def _parse(weights: dict[str, Any], scale: ScaleDtype, where: Where) -> LayerFormat:
-    bits: Any = weights.get("num_bits")
-    strategy = weights.get("strategy")
+    bits, strategy = weights.get("num_bits"), weights.get("strategy")
+    group = -1 if strategy == "channel" else weights.get("group_size")
     is_known = weights.get("type") == "int" and strategy in ("group", "channel")
-    if not is_known or bits not in range(2, 9) or weights.get("actorder") == "group":
+    is_known = is_known and _is_whole(bits, 2, 8) and (group == -1 or _is_whole(group, 1, 1 << 20))
+    if not is_known or weights.get("actorder") == "group":
         raise UnsupportedError(
             f"weights stored as {weights} are not supported", code="CK34", where=where
         )
-    group = -1 if strategy == "channel" else int(weights["group_size"])
-    return LayerFormat(bits, group, bool(weights.get("symmetric", True)), scale)
+    symmetric = bool(weights.get("symmetric", True))
+    return LayerFormat(int(bits or 0), int(group or 0), symmetric, scale)
+
+
+def _is_whole(value: Any, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most

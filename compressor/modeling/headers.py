@@ -234,7 +234,9 @@ def _refuse_text(first: bytes, name: str) -> None:
             where=Where(file=name),
             why="The server answered with a page and it was saved under this name.",
         )
-    if first.startswith((b"PK\x03\x04", b"\x80\x02")):
+    # 0x0280 is also the length of a real header (640 bytes); then the JSON follows at once.
+    is_header = first[8:9] == b"{"
+    if first.startswith((b"PK\x03\x04", b"\x80\x02")) and not is_header:
         raise bad(
             "this is a pickle file with a safetensors name",
             "CK32",
