@@ -1,7 +1,9 @@
 """Distillation in several processes: the first one runs the recipe, the others help in training.
 
-    accelerate launch --multi_gpu --num_processes 8 -m compressor run recipe.yaml
-    torchrun --nproc_per_node 2 -m compressor run recipe.yaml          (gloo, without a GPU)
+    accelerate launch --multi_gpu --num_processes 2 -m compressor run recipe.yaml
+    torchrun --standalone --nproc_per_node 2 -m compressor run recipe.yaml
+
+(NCCL with GPUs, gloo without; `accelerate launch --cpu` would start one process only.)
 
 Process 0 is the run: it reads, writes, journals and does every other stage. The others wait; for
 each distill stage they are sent what to train, build the same models from the same files and take
