@@ -15,7 +15,9 @@ _ROWS = 12  # of the loss table
 
 _HEAD = """\
 ---
-license: psf-2.0
+license: other
+license_name: psf-2.0
+license_link: https://docs.python.org/3/license.html
 language: [en, code]
 library_name: transformers
 tags: [llama, reference, from-scratch]
@@ -28,8 +30,8 @@ _INTRO = {
 
 A small Llama trained from scratch on the Python standard library. It ships with the package so
 that every example, test and benchmark runs offline on real weights, real text and a real
-tokenizer. It completes Python code in the style of the library. It is no assistant: it answers
-chat questions in the right form, mostly with wrong content.
+tokenizer. It has learnt the style of the library's code and little of its meaning: it answers
+chat questions in the right form with wrong content, and greedy decoding soon repeats itself.
 """,
     "draft": """\
 # Reference model, draft
@@ -142,6 +144,8 @@ to zero). `loss_curve.json` holds the mean of every ten steps; here are a few:
 | step | seconds | {_LOSS_NAME[facts.name]} |
 |---|---|---|
 {table}
+
+{facts.curve.get("note", "")}
 """
 
 
@@ -162,8 +166,10 @@ def _read(path: Path) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of base/ and draft/")
-    root = parser.parse_args(arguments).out
-    for name in ("base", "draft"):
+    parser.add_argument("--only", choices=["base", "draft"], action="append", help="one card")
+    options = parser.parse_args(arguments)
+    root = options.out
+    for name in options.only or ("base", "draft"):
         text = render(gather(root, name))
         (root / name / "README.md").write_text(text, encoding="utf-8", newline="\n")
 

@@ -1,7 +1,7 @@
 """Muon: momentum whose update is made orthogonal (Jordan et al. 2024).
 
 For a weight matrix the direction `M` (momentum of the gradient) is replaced by the nearest
-matrix with all singular values close to 1, found by five Newton-Schulz steps
+matrix with all singular values close to 1, found by four Newton-Schulz steps
 
     X <- a X + (b A + c A A) X,   A = X X^T
 
@@ -17,7 +17,7 @@ import torch
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 
 
-def orthogonalize(matrices: torch.Tensor, *, steps: int = 5) -> torch.Tensor:
+def orthogonalize(matrices: torch.Tensor, *, steps: int = 4) -> torch.Tensor:
     """Approximate `U V^T` of each matrix `U S V^T` in a stack [N, rows, columns]."""
     is_tall = matrices.size(1) > matrices.size(2)
     x: torch.Tensor = matrices.mT if is_tall else matrices
