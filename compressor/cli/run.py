@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -84,7 +86,11 @@ def execute(recipe: Recipe, manner: Manner) -> None:
             return
         from compressor.pipeline import RunOptions
         from compressor.pipeline import run as run_pipeline
+        from compressor.stages import distill, processes
 
+        if processes.is_follower():
+            processes.follow(distill.help_training)
+            return
         options = RunOptions(
             run_dir=manner.run_dir,
             fresh=manner.fresh,
@@ -93,6 +99,7 @@ def execute(recipe: Recipe, manner: Manner) -> None:
             command=shlex.join(["compress", *sys.argv[1:]]),
         )
         result = run_pipeline(recipe, options)
+        processes.dismiss()
     facts: dict[str, Any] = {"output": str(result.output), "verdict": result.verdict}
     facts |= {"report": str(result.report) if result.report else None}
     if manner.as_json:

@@ -97,17 +97,6 @@ def _calibrate_before(recipe: Recipe, index: int) -> None:
     )  # fmt: skip
 
 
-def _keeps_quantized_shapes(recipe: Recipe, index: int) -> None:
-    stage = recipe.stages[index]
-    kinds = [stage.kind for stage in recipe.stages[:index]]
-    if isinstance(stage, PruneConfig) and stage.width is not None and "quantize" in kinds:
-        raise _conflict(
-            recipe, kinds.index("quantize"), index,
-            "{later} changes the width of layers that {earlier} has put on a grid of groups",
-            "prune width before quantize",
-        )  # fmt: skip
-
-
 def _quantizes_once(recipe: Recipe, index: int) -> None:
     kinds = [stage.kind for stage in recipe.stages[:index]]
     if recipe.stages[index].kind == "quantize" and "quantize" in kinds:
@@ -204,7 +193,6 @@ _CHECKS: tuple[Callable[[Recipe, int], None], ...] = (
     _nothing_changes_after_pack,
     _looks_only_at_packed,
     _calibrate_before,
-    _keeps_quantized_shapes,
     _quantizes_once,
     _student_comes_first,
     _scales_need_a_grid,
