@@ -9,6 +9,7 @@ where it stopped.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -26,11 +27,22 @@ from compressor.modeling.state import ModelState
 from compressor.plan import preflight
 from compressor.recipe import Recipe, dump_recipe
 from compressor.report import Outcome, shown_source, write_outcome
-from compressor.run_dir import RunDir, check_output, publish, recover_output
+from compressor.run_dir import (
+    RunDir,
+    check_output,
+    publish,
+    recover_output,
+    resource_error,
+    sha256_file,
+    write_atomic,
+)
 from compressor.stages import calibrate, distill, evaluate, pack, prune, quantize, verify
 from compressor.stages.context import StageContext, StageReport
 
 REPORT = "report.html"
+DISK_ERRORS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO,
+)  # fmt: skip
 log = logging.getLogger("compressor.pipeline")
 Apply = Callable[[Any, StageContext], StageReport]
 
@@ -110,11 +122,17 @@ def run(recipe: Recipe, options: RunOptions) -> RunResult:
         fresh=options.fresh,
         break_lock=options.break_lock,
     ) as folder:
-        (folder.path / "recipe.yaml").write_text(text, encoding="utf-8")
+        write_atomic(folder.path / "recipe.yaml", text.encode())
+        frame = _Frame(recipe, original, resolved, folder)
         progress = Progress(original)
-        for index, config in enumerate(recipe.stages):
-            _run_stage(index, config, progress, _Frame(recipe, original, resolved, folder, text))
-        return _finish(recipe, options, progress, _Frame(recipe, original, resolved, folder, text))
+        try:
+            for index, config in enumerate(recipe.stages):
+                _run_stage(index, config, progress, frame)
+            return _finish(recipe, options, progress, frame)
+        except OSError as error:
+            if error.errno not in DISK_ERRORS:
+                raise
+            raise resource_error(error, Path(error.filename or run_path)) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +143,6 @@ class _Frame:
     original: ModelState
     source: ResolvedModel
     folder: RunDir
-    text: str
 
 
 def _run_stage(index: int, config: Any, progress: Progress, frame: _Frame) -> None:
@@ -155,16 +172,28 @@ def _run_stage(index: int, config: Any, progress: Progress, frame: _Frame) -> No
 
 def artifact_recipe(recipe: Recipe) -> str:
     """The recipe as it goes into the artifact: no paths of this machine."""
-    plain = recipe.model_copy(update={"output": Path(recipe.output).name})
     model = recipe.model.model_copy(update={"path": shown_source(recipe.model.path)})
-    return dump_recipe(plain.model_copy(update={"model": model}))
+    stages = [_without_paths(stage) for stage in recipe.stages]
+    changes = {"output": Path(recipe.output).name, "model": model, "stages": stages}
+    return dump_recipe(recipe.model_copy(update=changes))
+
+
+def _without_paths(stage: Any) -> Any:
+    """A stage whose data and student are named as they may be shown."""
+    changes: dict[str, Any] = {}
+    data, student = getattr(stage, "data", None), getattr(stage, "student", None)
+    if data is not None:
+        changes["data"] = data.model_copy(update={"source": shown_source(data.source)})
+    if student is not None and student.path is not None:
+        changes["student"] = student.model_copy(update={"path": shown_source(student.path)})
+    return stage.model_copy(update=changes)
 
 
 def _identity(recipe: Recipe, original: ModelState) -> dict[str, str]:
     """Everything that decides the result; a resumed run must have the same."""
     stages = dump_recipe(recipe.model_copy(update={"output": "out"}))
     threads = os.environ.get("OMP_NUM_THREADS", "")
-    return {
+    return _data_identity(recipe) | {
         "recipe": hashlib.sha256(stages.encode()).hexdigest(),
         "model": original.checkpoint.digest,
         "version": compressor.__version__,
@@ -172,9 +201,17 @@ def _identity(recipe: Recipe, original: ModelState) -> dict[str, str]:
     }
 
 
-def _finish(
-    recipe: Recipe, options: RunOptions, progress: Progress, frame: _Frame
-) -> RunResult:
+def _data_identity(recipe: Recipe) -> dict[str, str]:
+    """Digests of the local files that calibrate, train or judge, by stage."""
+    found = {}
+    for index, stage in enumerate(recipe.stages):
+        data = getattr(stage, "data", None)
+        if data is not None and Path(data.source).is_file():
+            found[f"stages.{index}.data"] = sha256_file(Path(data.source))
+    return found
+
+
+def _finish(recipe: Recipe, options: RunOptions, progress: Progress, frame: _Frame) -> RunResult:
     """Card and report into the artifact, then publish it or keep it aside."""
     verdict = _verdict(progress.facts)
     outcome = Outcome(progress.facts, progress.seconds)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
 from compressor.errors import RecipeError, ResourceError, Where
 from compressor.modeling.checkpoint import open_checkpoint
@@ -105,21 +106,23 @@ def preflight(recipe: Recipe, state: ModelState, run_path: Path) -> None:
 
 
 def _values(recipe: Recipe) -> list[dict[str, Any]]:
+    """Every key, its value and origin: a line, `--set` (or a key it follows from), or default."""
     rows: list[dict[str, Any]] = []
 
-    def visit(value: Any, path: str) -> None:
-        if isinstance(value, dict):
-            for key, item in value.items():
-                visit(item, f"{path}.{key}" if path else key)
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
+    def visit(value: Any, path: str, is_set: bool) -> None:
+        if isinstance(value, BaseModel):
+            for key in type(value).model_fields:
+                below = f"{path}.{key}" if path else key
+                visit(getattr(value, key), below, key in value.model_fields_set)
+        elif isinstance(value, list) and value and isinstance(value[0], BaseModel):
             for index, item in enumerate(value):
-                visit(item, f"{path}.{index}")
+                visit(item, f"{path}.{index}", True)
         else:
             line = recipe.line_of(path)
-            origin = f"line {line}" if line else "default"
+            origin = f"line {line}" if line else "--set or derived" if is_set else "default"
             rows.append({"key": path, "value": value, "origin": origin})
 
-    visit(recipe.model_dump(), "")
+    visit(recipe, "", True)
     return rows
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from compressor.algorithms.finite import require_finite
-from compressor.algorithms.gptq import inverse_cholesky
+from compressor.algorithms.gptq import ROWS_AT_ONCE, inverse_cholesky
 
 RIDGE = 0.01
 
@@ -56,5 +56,7 @@ def asymmetric_target(
         return target
     require_finite(cross, "the input drift statistics of a layer")
     upper, _ = inverse_cholesky(hessian, dampening=ridge)  # H^-1 = U^T U
-    drift = target @ cross.to(target.dtype)
-    return target.add_(drift @ upper.T @ upper, alpha=strength)
+    cross = cross.to(target.dtype)
+    for rows in torch.split(target, ROWS_AT_ONCE):
+        rows.add_(rows @ cross @ upper.T @ upper, alpha=strength)
+    return target

@@ -35,6 +35,7 @@ from compressor.algorithms.grid import Grid, dequantize, group_width
 MAX_RETRIES = 3  # times the dampening is raised tenfold
 EIGENVALUE_FLOOR = 1e-6  # of the largest eigenvalue
 DAMPENING_CEILING = 1.0
+ROWS_AT_ONCE = 2048  # bounds temporaries; larger blocks are no faster
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +69,12 @@ class GptqResult:
 
 def hessian_error(delta_w: Tensor, hessian: Tensor) -> float:
     """tr(dW H dW^T): mean squared output error per token, summed over rows. dW [O, I], H [I, I]."""
-    delta = delta_w.to(torch.promote_types(delta_w.dtype, torch.float32))
-    product = (delta @ hessian.to(delta.dtype)).mul_(delta)
-    return float(product.sum(dtype=torch.float64))
+    dtype = torch.promote_types(delta_w.dtype, torch.float32)
+    weight, total = hessian.to(dtype), 0.0
+    for rows in torch.split(delta_w, ROWS_AT_ONCE):
+        delta = rows.to(dtype)
+        total += float((delta @ weight).mul_(delta).sum(dtype=torch.float64))
+    return total
 
 
 def inverse_cholesky(hessian: Tensor, *, dampening: float) -> tuple[Tensor, Factor]:
@@ -118,14 +122,17 @@ def gptq(
     require_finite(w, "the weights to be quantized")
     alive, num_dead = _revive(hessian)
     order = torch.argsort(alive.diagonal(), descending=True, stable=True)
-    alive = alive[order][:, order]
+    alive = alive[order]  # one at a time: each copy is [I, I]
+    alive = alive[:, order]
     upper, factor = inverse_cholesky(alive, dampening=dampening)
     del alive
     columns = _Columns(w, order, grid, mask, dtype=upper.dtype)
     _sweep(columns, upper, columns_per_block)
-    codes = columns.codes.T.contiguous()
+    del upper
+    codes, num_saturated = columns.codes.T.contiguous(), int(columns.num_saturated)
+    del columns
     error = hessian_error(dequantize(codes, grid).sub_(w), hessian)
-    return GptqResult(codes, error, num_dead, int(columns.num_saturated), factor)
+    return GptqResult(codes, error, num_dead, num_saturated, factor)
 
 
 def _ladder(dampening: float, dtype: torch.dtype) -> Iterator[tuple[float, torch.dtype, str]]:
@@ -141,9 +148,20 @@ def _ladder(dampening: float, dtype: torch.dtype) -> Iterator[tuple[float, torch
 def _damped(hessian: Tensor, dampening: float, dtype: torch.dtype) -> Tensor:
     """A symmetric copy of H, reversed in rows and columns, with dampening on its diagonal."""
     flipped = hessian.to(dtype).flip(0, 1)
-    flipped = flipped.add_(flipped.T.clone()).mul_(0.5)
+    _symmetrize(flipped)
     flipped.diagonal().add_(dampening * flipped.diagonal().mean())
     return flipped
+
+
+def _symmetrize(square: Tensor) -> None:
+    """(S + S^T) / 2 in place, one pair of blocks at a time."""
+    for i in range(0, len(square), ROWS_AT_ONCE):
+        for j in range(i, len(square), ROWS_AT_ONCE):
+            upper = square[i : i + ROWS_AT_ONCE, j : j + ROWS_AT_ONCE]
+            lower = square[j : j + ROWS_AT_ONCE, i : i + ROWS_AT_ONCE]
+            mean = (upper + lower.T).mul_(0.5)
+            upper.copy_(mean)
+            lower.copy_(mean.T)
 
 
 def _factor(flipped: Tensor) -> Tensor | None:
@@ -153,7 +171,7 @@ def _factor(flipped: Tensor) -> Tensor | None:
     if int(info) != 0:
         return None
     identity = torch.eye(lower.shape[0], dtype=lower.dtype, device=lower.device)
-    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False, out=identity)
     del lower, identity
     return inverse.flip(0, 1) if bool(torch.isfinite(inverse.sum())) else None
 

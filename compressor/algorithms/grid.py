@@ -131,8 +131,8 @@ def quantize(w: Tensor, grid: Grid) -> Tensor:
 def dequantize(codes: Tensor, grid: Grid) -> Tensor:
     """The weights that codes stand for, (q - z) * s: [O, I] uint8 -> [O, I] fp32."""
     width = group_width(codes.shape[1], grid.group_size)
-    centred = codes.reshape(len(codes), -1, width).float() - grid.zero_point.unsqueeze(-1).float()
-    return (centred * grid.scale.unsqueeze(-1)).flatten(1)
+    grouped = codes.reshape(len(codes), -1, width).float()
+    return grouped.sub_(grid.zero_point.unsqueeze(-1)).mul_(grid.scale.unsqueeze(-1)).flatten(1)
 
 
 def _grouped(w: Tensor, group_size: int) -> Tensor:

@@ -53,6 +53,13 @@ class HessianAccumulator:
             require_finite(self._cross.diagonal(), "the original inputs of a layer")
         self.num_tokens += seen.shape[0]
 
+    def finish(self) -> tuple[Tensor, Tensor | None]:
+        """H and D (None without it), made in the memory of the sums: the accumulator is used up."""
+        cross = None if self._cross is None else self._cross.div_(max(self.num_tokens, 1))
+        hessian = self._hessian.div_(max(self.num_tokens, 1))
+        self._hessian, self._cross = hessian.new_empty(0, 0), None
+        return hessian, cross
+
     def hessian(self) -> Tensor:
         """H [I, I] in fp32; all zero (every column dead) if no token was seen."""
         return self._hessian / max(self.num_tokens, 1)

@@ -22,6 +22,7 @@ from torch import Tensor
 from compressor.artifact.formats import SCALE_DTYPES, LayerFormat
 from compressor_kernels.reference import unpack_codes
 
+ELEMENTS_AT_ONCE = 1 << 22  # weights packed or unpacked together: bounds the temporaries
 SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
 
@@ -54,9 +55,9 @@ def pack_weight(codes: Tensor, scale: Tensor, zero_point: Tensor, fmt: LayerForm
         fmt: how to store.
     """
     middle = 1 << (fmt.bits - 1)
-    signed = (codes.to(torch.int16) - middle).to(torch.int8)
+    parts = [_pack_rows(part, fmt.bits) for part in _split_rows(codes)]
     tensors = {
-        "weight_packed": pack_to_int32(signed, fmt.bits).contiguous(),
+        "weight_packed": torch.cat(parts),
         "weight_scale": scale.to(SCALE_DTYPES[fmt.scale_dtype]).contiguous(),
         "weight_shape": torch.tensor(codes.shape, dtype=torch.int64),
     }
@@ -67,17 +68,31 @@ def pack_weight(codes: Tensor, scale: Tensor, zero_point: Tensor, fmt: LayerForm
     return PackedWeight(tensors, fmt)
 
 
+def _split_rows(values: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(values, max(1, ELEMENTS_AT_ONCE // max(1, values.shape[1])))
+
+
+def _pack_rows(codes: Tensor, bits: int) -> Tensor:
+    signed = (codes.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+    return pack_to_int32(signed, bits).contiguous()
+
+
 def unpack_weight(packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:
     """Codes uint8 [O, I], scale fp32 [O, G], zero point int32 [O, G], by the reference reader."""
     fmt, (rows, columns) = packed.format, packed.shape
-    codes = unpack_codes(packed.tensors["weight_packed"], fmt.bits, (rows, columns))
+    codes = torch.empty(rows, columns, dtype=torch.uint8)
+    words = packed.tensors["weight_packed"]
+    step = max(1, ELEMENTS_AT_ONCE // max(1, columns))
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        codes[start:stop] = unpack_codes(words[start:stop], fmt.bits, (stop - start, columns))
     scale = packed.tensors["weight_scale"].float()
     if fmt.symmetric:
         zero = torch.full(scale.shape, 1 << (fmt.bits - 1), dtype=torch.int32)
     else:
         columns_first = packed.tensors["weight_zero_point"].t().contiguous()
         zero = unpack_codes(columns_first, fmt.bits, (scale.shape[1], rows)).t().to(torch.int32)
-    return codes.to(torch.uint8), scale, zero.contiguous()
+    return codes, scale, zero.contiguous()
 
 
 def dense_weight(packed: PackedWeight) -> Tensor:

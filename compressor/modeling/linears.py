@@ -94,8 +94,8 @@ def _expand(codes: tuple[Tensor, Tensor, Tensor], group_size: int) -> Tensor:
     if columns % width:
         padded = scale.repeat_interleave(width, 1)[:, :columns]
         return (q.float() - zero.repeat_interleave(width, 1)[:, :columns]) * padded
-    grouped = q.view(rows, -1, width).float() - zero.unsqueeze(-1)
-    return (grouped * scale.unsqueeze(-1)).view(rows, columns)
+    grouped = q.view(rows, -1, width).to(scale.dtype)  # the only copy: the rest is in place
+    return grouped.sub_(zero.unsqueeze(-1)).mul_(scale.unsqueeze(-1)).view(rows, columns)
 
 
 def is_linear(module: nn.Module) -> bool:

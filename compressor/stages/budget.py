@@ -12,6 +12,7 @@ alternative that the mixture has to beat.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +84,7 @@ def allocate_formats(
     budget = budget_bytes(config, context, selection)
     scores, method = _scores(config, context, problem)
     choices = _choices(config, problem, scores)
+    _check_feasible(config, selection, choices, budget)
     picked = allocate(choices, budget_bytes=budget)
     uniform = _best_uniform(problem, scores, budget)
     labels = {unit: picked[unit] for unit in sorted(picked)}
@@ -99,6 +101,32 @@ def allocate_formats(
         method=method,
         num_weights=sum(t.shape[0] * t.shape[1] for t in selection.targets),
         notes=_notes(config, selection),
+    )
+
+
+def _check_feasible(
+    config: QuantizeConfig, selection: Selection, choices: list[Choice], budget: int
+) -> None:
+    """Say the smallest possible budget in the recipe's own unit."""
+    least: dict[str, int] = {}
+    for choice in choices:
+        least[choice.unit] = min(choice.cost, least.get(choice.unit, choice.cost))
+    floor = sum(least.values())
+    if floor <= budget or config.budget is None:
+        return
+    weights = sum(t.shape[0] * t.shape[1] for t in selection.targets)
+    bits = math.ceil(8e3 * floor / weights) / 1e3
+    if config.budget.size is not None:
+        more = parse_size(config.budget.size) + floor - budget
+        key, smallest = "budget.size", f'"{more}B"'
+    else:
+        key, smallest = "budget.average_bits", f"{bits:g} bits"
+    raise RecipeError(
+        f"the budget is too small: the smallest feasible one is {smallest}",
+        code="NU12",
+        where=config.where(key),
+        why="Every layer in its smallest legal candidate takes that much.",
+        fix=f"set {key} to at least {smallest}, or add smaller candidates",
     )
 
 

@@ -47,11 +47,13 @@ def apply(config: CalibrateConfig, context: StageContext) -> StageReport:
             context.run.commit(unit, tensors, {"tokens": counts, "dead": _dead(tensors)})
         facts[walk.block_name(position)] = context.run.meta(unit)
         walk.advance(stream, block, position)
+        del block
         event = {"unit": unit, "index": position + 1, "total": walk.num_blocks}
         context.run.progress(event)
     stream.close()
     state = replace(context.state, trail=(*context.state.trail, "calibrate"))
-    return StageReport(state, _facts(rows, facts), tokens=rows)
+    found = _facts(rows, facts) | {"data": config.data.model_dump()}
+    return StageReport(state, found, tokens=rows)
 
 
 def rows_for(data: DataConfig, context: StageContext) -> TokenRows:

@@ -7,17 +7,17 @@ will be served.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import compressor
-from compressor.data import TokenRows, load_documents, overlap, token_rows
+from compressor.data import Tally, TokenRows, load_documents, overlap, token_rows
 from compressor.errors import CheckpointError, DataError, GateError, Where
 from compressor.modeling.hub import resolve_model
 from compressor.modeling.load import LoadedModel, load_model
-from compressor.modeling.load import load_tokenizer as read_tokenizer
 from compressor.recipe import DataConfig, EvaluateConfig
 from compressor.recipe import Gate as GateConfig
 from compressor.resources import resource_dir
@@ -31,12 +31,14 @@ from compressor_eval.report import ReportData, write_report
 SAMPLE_PROMPT_TOKENS = 48
 SAMPLE_NEW_TOKENS = 48
 MAX_SAMPLES = 100
+COMPARED_DOCUMENTS = 20_000
 
 
 def apply(config: EvaluateConfig, context: StageContext) -> StageReport:
     """Measure, judge, and leave everything the report needs in the facts."""
     if not context.run.is_done("evaluation"):
         facts = evaluate_models(config, context.source, context.artifact)
+        facts["notes"] = [*facts["data"]["notes"], *_overlap_notes(config, context)]
         context.run.commit_meta("evaluation", facts)
     facts = context.run.meta("evaluation")
     context.run.progress({"unit": "evaluation", "index": 1, "total": 1})
@@ -143,15 +145,29 @@ def evaluation_rows(config: DataConfig, base: LoadedModel) -> TokenRows:
     )
 
 
-def calibration_overlap(calibration: DataConfig, evaluation: DataConfig, source: Path) -> int:
-    """Documents that are in the calibration and in the evaluation text (CA15)."""
-    tokenizer = read_tokenizer(source)
+def calibration_overlap(calibration: DataConfig, evaluation: DataConfig) -> int:
+    """Documents that are in the calibration and in the evaluation text (CA15).
+
+    Only the first `COMPARED_DOCUMENTS` of each are looked at: sources may be endless streams.
+    """
+    first, second = (
+        (d.text for d in islice(load_documents(data, Tally()), COMPARED_DOCUMENTS))
+        for data in (calibration, evaluation)
+    )
     try:
-        first = (d.text for d in load_documents(calibration, tokenizer))
-        second = (d.text for d in load_documents(evaluation, tokenizer))
         return overlap(first, second)
     except DataError:
-        return 0
+        return 0  # the stage that needs the text says what is wrong with it
+
+
+def _overlap_notes(config: EvaluateConfig, context: StageContext) -> list[str]:
+    notes = []
+    for name, facts in context.facts.items():
+        if "data" in facts and name.endswith("-calibrate"):
+            count = calibration_overlap(DataConfig.model_validate(facts["data"]), config.data)
+            text = f"{count} evaluation documents were calibrated on too: the figures flatter"
+            notes += [text] if count else []
+    return notes
 
 
 def samples(original: Path, artifact: Path, prompts: list[list[int]]) -> list[dict[str, str]]:

@@ -48,9 +48,23 @@ def apply(config: QuantizeConfig, context: StageContext) -> StageReport:
         allocation = allocate_formats(config, context, selection)
         notes += allocation.notes
         chosen, facts = _better(config, context, allocation)
+    notes += _numeric_notes(chosen.linears)
     facts |= {"linears": chosen.linears, "held_out_kl": chosen.held_out_kl, "notes": notes}
     facts |= {"matched": selection.matched, "protected": [t.name for t in selection.protected]}
     return StageReport(replace(chosen.state, trail=(*context.state.trail, "quantize")), facts)
+
+
+def _numeric_notes(linears: dict[str, Any]) -> list[str]:
+    """What the solver had to do besides rounding, counted over the linears."""
+    heads = {n: f for n, f in linears.items() if "stacked_on" not in f}
+    notes = [f"{n}: {f['factor']}" for n, f in heads.items() if f.get("factor")]
+    dead = sum(f.get("num_dead", 0) for f in heads.values())
+    notes += [
+        f"{dead} input columns were always zero in calibration; they are rounded to nearest"
+    ] * (dead > 0)
+    raised = sum(f.get("num_scales_raised", 0) for f in heads.values())
+    text = f"{raised} scales were raised to the smallest number of their dtype"
+    return notes + [text] * (raised > 0)
 
 
 def _check_dense(state: ModelState, config: QuantizeConfig) -> None:

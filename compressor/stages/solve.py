@@ -19,6 +19,7 @@ from compressor.algorithms.gptq import gptq
 from compressor.algorithms.grid import Grid, minmax_grid, mse_grid, quantize
 from compressor.algorithms.reconstruct import reconstruct
 from compressor.artifact.formats import SCALE_DTYPES, LayerFormat
+from compressor.errors import NumericError, Where
 from compressor.modeling.block import Block
 from compressor.modeling.linears import StoredLinear
 from compressor.modeling.walk import Walk
@@ -40,6 +41,25 @@ def make_grid(weight: Tensor, fmt: LayerFormat, kind: str) -> Grid:
     )
 
 
+def check_scales(grid: Grid, fmt: LayerFormat, name: str) -> dict[str, int]:
+    """Refuse scales that overflow the stored dtype; count those it could not make small enough.
+
+    Raises:
+        NumericError: a scale is as large as the dtype allows, so weights are cut off (NU05).
+    """
+    limits = torch.finfo(SCALE_DTYPES[fmt.scale_dtype])
+    if bool((grid.scale >= limits.max).any()):
+        raise NumericError(
+            f"a scale does not fit into {fmt.scale_dtype}: the weights are too large",
+            code="NU05",
+            where=Where(tensor=f"{name}.weight"),
+            why="Units finished before this one are kept.",
+            fix="set scale_dtype to bfloat16 or float32",
+        )
+    raised = int((grid.scale <= limits.tiny).sum())
+    return {"num_scales_raised": raised} if raised else {}
+
+
 def round_to_nearest(block: Block, formats: Formats, config: QuantizeConfig) -> dict[str, Any]:
     """Data-free: each weight to the nearest point of its grid."""
     facts = {}
@@ -47,9 +67,10 @@ def round_to_nearest(block: Block, formats: Formats, config: QuantizeConfig) -> 
         linear = block.linears[name]
         weight = linear.dense()
         grid = make_grid(weight, fmt, config.grid)
+        raised = check_scales(grid, fmt, name)
         codes = quantize(weight, grid)
         linear.set_codes(codes, grid.scale, grid.zero_point, fmt)
-        facts[name] = {"bits": fmt.bits, "group_size": fmt.group_size, "method": "rtn"}
+        facts[name] = {"bits": fmt.bits, "group_size": fmt.group_size, "method": "rtn"} | raised
     return facts
 
 
@@ -88,14 +109,17 @@ class BlockSolver:
     def _solve_stack(
         self, block: Block, names: list[str], fmt: LayerFormat, statistics: GroupStatistics
     ) -> dict[str, Any]:
-        weight = torch.cat([block.linears[n].dense() for n in names])
+        parts = [block.linears[n].dense() for n in names]
+        weight = torch.cat(parts) if len(parts) > 1 else parts[0]
+        del parts
         mask = weight != 0 if any(n in block.masked for n in names) else None
         target, strength = statistics.target(weight)
-        if mask is not None:
+        if mask is None:
+            del weight  # the target may be a matrix of its own
+        else:
             target = reconstruct(target, statistics.hessian, mask, start=weight)
-        rounding = Rounding(
-            target, statistics.hessian, fmt, mask, self.config.grid, self.config.dampening
-        )
+        settings = (self.config.grid, self.config.dampening, names[0])
+        rounding = Rounding(target, statistics.hessian, fmt, mask, *settings)
         facts = round_stack([block.linears[n] for n in names], rounding)
         facts |= {"num_tokens": statistics.num_tokens, "strength": strength}
         rest = {**facts, "error": 0.0, "stacked_on": names[0]}
@@ -112,12 +136,14 @@ class Rounding:
     mask: Tensor | None = None
     grid: str = "mse"
     dampening: float = 0.01
+    name: str = ""  # of the first linear, for messages
 
 
 def round_stack(linears: list[StoredLinear], job: Rounding) -> dict[str, Any]:
     """Round linears stacked along their outputs; each then computes with its codes. Gives facts."""
     fmt = job.format
     grid = make_grid(job.target if job.mask is None else job.target * job.mask, fmt, job.grid)
+    raised = check_scales(grid, fmt, job.name)
     result = gptq(job.target, job.hessian, grid=grid, dampening=job.dampening, mask=job.mask)
     start = 0
     for linear in linears:
@@ -133,4 +159,4 @@ def round_stack(linears: list[StoredLinear], job: Rounding) -> dict[str, Any]:
         "num_saturated": result.num_saturated,
         "dampening": result.factor.dampening_used,
         "factor": result.factor.reason,
-    }
+    } | raised

@@ -134,16 +134,19 @@ def _statistics(total: HessianAccumulator, cross: bool, columns: int) -> GroupSt
     """Means of the sums; a group that saw no token is rounded as if all inputs were alike."""
     if total.num_tokens == 0:
         return GroupStatistics(torch.eye(columns), None, 0)
-    hessian = total.hessian()
-    if total.num_tokens < 4 * columns and not cross:
-        hessian = _shrink(hessian, total.num_tokens)
-    return GroupStatistics(hessian, total.cross() if cross else None, total.num_tokens)
+    num_tokens = total.num_tokens
+    hessian, drift = total.finish()
+    if num_tokens < 4 * columns and not cross:
+        hessian = _shrink(hessian, num_tokens)
+    return GroupStatistics(hessian, drift, num_tokens)
 
 
 def _shrink(hessian: Tensor, num_tokens: int) -> Tensor:
     """Pull a Hessian of few tokens towards its diagonal: (1 - a) H + a diag(H), a = d / (d + n)."""
     share = hessian.shape[0] / (hessian.shape[0] + num_tokens)
-    return (1 - share) * hessian + share * torch.diag(hessian.diagonal())
+    diagonal = hessian.diagonal().clone()
+    hessian.mul_(1 - share).diagonal().add_(share * diagonal)
+    return hessian
 
 
 def calibration_rows(walk: Walk) -> slice:

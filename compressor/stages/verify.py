@@ -25,15 +25,13 @@ from compressor.artifact.manifest import Manifest, listed_files, read_manifest
 from compressor.artifact.packing import PackedWeight, pack_weight, unpack_weight
 from compressor.errors import CompressError, VerificationError, Where
 from compressor.modeling.checkpoint import Checkpoint, open_checkpoint
-from compressor.modeling.load import load_model
 from compressor.recipe import VerifyConfig
 from compressor.stages.context import StageContext, StageReport
 from compressor.stages.kernels import kernels_match
 from compressor.stages.pack import gather
+from compressor.stages.verify_logits import check_logits
 
 DEFAULT_TOKENS = 64
-TOLERANCE = 2e-5  # relative to the largest logit, fp32: sums in another order, nothing else
-BF16_TOLERANCE = 2e-2
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,15 +80,15 @@ def verify_artifact(path: Path, *, tokens: int = DEFAULT_TOKENS) -> VerifyReport
     for name, fmt in formats.items():
         _check_packing(checkpoint, name, fmt)
     _check_masks(checkpoint, manifest, formats)
-    difference, kernels = _check_logits(path, tokens)
+    logits = check_logits(checkpoint, formats, tokens)
     return VerifyReport(
         num_tensors=len(manifest.tensors),
         num_quantized=len(formats),
         num_files=len(manifest.files),
-        logits_difference=difference,
-        kernels=kernels,
+        logits_difference=logits.difference,
+        kernels=logits.kernels,
         kernels_match=kernels_match(path),
-        notes=tuple(checkpoint.notes),
+        notes=(*checkpoint.notes, *logits.notes),
     )
 
 
@@ -172,31 +170,6 @@ def _check_masks(
         if not zeros:
             where = Where(str(checkpoint.path), tensor=name)
             raise VerificationError("a pruned weight has no zeros", code="NU07", where=where)
-
-
-def _check_logits(path: Path, num_tokens: int) -> tuple[float, dict[str, int]]:
-    """Largest difference between packed and dense logits, relative to the largest logit."""
-    packed = load_model(path, packed=True)
-    if not packed.kernels:
-        return 0.0, {}
-    vocab = packed.model.config.get_text_config().vocab_size
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, vocab, (1, num_tokens), generator=generator)
-    with torch.no_grad():
-        ours = packed.model(input_ids=tokens).logits.float()
-        dtype, kernels = packed.model.dtype, packed.kernels
-        del packed
-        dense = load_model(path, packed=False, dtype=dtype).model(input_ids=tokens).logits.float()
-    difference = float((ours - dense).abs().max() / dense.abs().max().clamp_min(1e-12))
-    limit = TOLERANCE if dtype == torch.float32 else BF16_TOLERANCE
-    if not difference <= limit:
-        raise VerificationError(
-            f"packed and dense logits differ by {difference:.2e} of the largest (limit {limit:g})",
-            code="NU07",
-            where=Where(str(path)),
-            fix="run `compress doctor`; a kernel is wrong on this machine",
-        )
-    return difference, kernels
 
 
 def _compare_with_units(context: StageContext) -> int:

@@ -1,0 +1,26 @@
+"""`python -m benchmarks` lists the benchmarks, `python -m benchmarks NAME ...` runs one."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+BENCHMARKS = {
+    "quality": "damage for each byte on models that others trained",
+    "memory": "peak memory of quantizing a model of 4 GB",
+    "kill": "runs killed at random moments and resumed: the same bytes?",
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Run the benchmark named first; returns the exit code."""
+    if not arguments or arguments[0] not in BENCHMARKS:
+        lines = [f"{name:10} {what}" for name, what in BENCHMARKS.items()]
+        sys.stdout.write("\n".join(["usage: python -m benchmarks NAME [--help]", *lines, ""]))
+        return 0 if not arguments else 2
+    importlib.import_module(f"benchmarks.{arguments[0]}").main(arguments[1:])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
