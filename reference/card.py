@@ -44,7 +44,7 @@ divergence KL(base || draft), with the finished, shipped base model as the teach
 
 _LOSS_NAME = {
     "base": "cross-entropy, nats per token, on the training batch",
-    "draft": "KL(base || draft), nats per token, on the training batch",
+    "draft": "divergence from the base, nats per token, on the training batch",
 }
 
 
@@ -132,6 +132,7 @@ def _training(facts: Facts) -> str:
     count = min(_ROWS, len(rows))
     chosen = [rows[round(i * last / max(count - 1, 1))] for i in range(count)]
     table = "\n".join(f"| {step} | {seconds:.0f} | {loss:.3f} |" for step, seconds, loss in chosen)
+    note = f"\n{facts.curve['note']}\n" if "note" in facts.curve else ""
     script = "train" if facts.name == "base" else "distill_draft"
     return f"""\
 ## Training
@@ -144,9 +145,7 @@ to zero). `loss_curve.json` holds the mean of every ten steps; here are a few:
 | step | seconds | {_LOSS_NAME[facts.name]} |
 |---|---|---|
 {table}
-
-{facts.curve.get("note", "")}
-"""
+{note}"""
 
 
 _LICENCE = """\
