@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from compressor.data import TokenRows
+from compressor.errors import Interrupted
 from compressor.modeling.checkpoint import open_checkpoint
 from compressor.modeling.state import ModelState
 from compressor.recipe.models import STAGE_CONFIGS
-from compressor.run_dir import RunDir
+from compressor.run_dir import RunDir, StageRun
 from compressor.stages import calibrate, evaluate, pack, quantize, verify
 from compressor.stages.context import StageContext, StageReport
 
@@ -56,10 +57,13 @@ class Bench:
     def artifact(self) -> Path:
         return self.folder / "artifact"
 
-    def run(self, stage: dict[str, Any]) -> StageReport:
-        """Apply the next stage."""
+    def run(self, stage: dict[str, Any], *, stop_at: int = 0) -> StageReport:
+        """Apply the next stage; with `stop_at`, interrupt it at that progress event."""
         with RunDir.open(self.folder, identity={"test": self.identity}) as folder:
-            report = self.apply(stage, self.context(folder, stage["kind"]))
+            context = self.context(folder, stage["kind"])
+            if stop_at:
+                context = replace(context, run=_Stopping(context.run, stop_at))  # type: ignore[arg-type]
+            report = self.apply(stage, context)
         self.index += 1
         self.state = report.state
         self.tokens = report.tokens or self.tokens
@@ -99,3 +103,24 @@ def build_artifact(model: Path, folder: Path, *stages: dict[str, Any], rows: boo
     bench = Bench(model, folder, random_rows() if rows else None)
     reports = [bench.run(stage) for stage in (*stages, PACK)]
     return Built(bench.artifact, model, bench.state, reports)
+
+
+class _Stopping:
+    """A stage's journal that raises Interrupted at the n-th progress event."""
+
+    def __init__(self, run: StageRun, after: int) -> None:
+        self._run, self._after = run, after
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._run, name)
+
+    def progress(self, event: dict[str, Any]) -> None:
+        self._after -= 1
+        if self._after == 0:
+            raise Interrupted("stopped by the test")
+
+
+def unit_files(folder: Path) -> dict[str, bytes]:
+    """Every unit file of a run by name."""
+    root = folder / "units"
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*.safetensors"))}

@@ -2,7 +2,9 @@
 
 One format for all quantized linears is written the way everybody writes it: target "Linear", every
 dense linear in `ignore`. A mixture names each linear exactly, one group for each format, so that no
-pattern can hit a layer it was not meant for.
+pattern can hit a layer it was not meant for. transformers (5.23) unpacks all fused experts by the
+first group that names a module exactly, so the groups of experts come first: that is right as long
+as the experts of all layers share one format.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ def quantization_config(
         dense_linears: names of the linears that stay dense, the head included.
     """
     by_format: dict[LayerFormat, list[str]] = {}
-    for name, fmt in formats.items():
+    for name, fmt in sorted(formats.items(), key=lambda item: ".experts." not in item[0]):
         by_format.setdefault(_without_scales(fmt), []).append(name)
     single = len(by_format) == 1
     groups = {
