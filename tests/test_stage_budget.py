@@ -48,9 +48,7 @@ def stored(state: ModelState) -> tuple[int, int, dict[str, LayerFormat]]:
     return nbytes, weights, formats
 
 
-@pytest.mark.parametrize(
-    ("name", "bits"), [("llama", 3.3), ("llama", 5.2), ("llama", 12.0), ("qwen3_moe", 4.0)]
-)
+@pytest.mark.parametrize(("name", "bits"), [("llama", 3.3), ("llama", 12.0), ("qwen3_moe", 4.0)])
 def test_the_budget_is_never_exceeded_in_real_bytes(
     tiny_models: Models, tmp_path: Path, name: str, bits: float
 ) -> None:
@@ -164,13 +162,13 @@ def test_the_front_gets_better_with_more_bytes(tiny_models: Models, tmp_path: Pa
 
 
 def scores_of(
-    bench: Bench, kind: Callable[..., Any], bits: list[int], method: str = "rtn"
+    bench: Bench, kind: Callable[..., Any], bits: list[int]
 ) -> dict[str, dict[str, float]]:
     """Scores of every unit in symmetric formats of some widths."""
     skeleton = bench.state.skeleton()
     options = []
     for width in bits:
-        config = QuantizeConfig(kind="quantize", bits=width, group_size=32, method=method)
+        config = QuantizeConfig(kind="quantize", bits=width, group_size=32, method="rtn")
         selection = select(config, skeleton)
         formats = uniform_formats(config, selection, bench.state)
         units: dict[str, list[Any]] = {}
@@ -187,7 +185,7 @@ def scores_of(
     return found
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_neox", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["gpt_neox", "qwen3_moe"])
 @pytest.mark.parametrize("kind", [swap_in_scores, fisher_scores])
 def test_scores_are_positive_and_fall_with_more_bits(
     tiny_models: Models, tmp_path: Path, name: str, kind: Callable[..., Any]
@@ -280,8 +278,8 @@ def test_fisher_scores_are_fitted_to_measured_kl(tiny_models: Models, tmp_path: 
 
 def test_scores_do_not_depend_on_the_other_options(tiny_models: Models, tmp_path: Path) -> None:
     bench = Bench(tiny_models("llama"), tmp_path / "a", random_rows(4, 16))
-    together = scores_of(bench, swap_in_scores, [3, 4], "gptq")
+    together = scores_of(bench, swap_in_scores, [3, 4])
     bench = Bench(tiny_models("llama"), tmp_path / "b", random_rows(4, 16))
-    alone = scores_of(bench, swap_in_scores, [4], "gptq")
+    alone = scores_of(bench, swap_in_scores, [4])
     for unit, row in alone.items():
         assert row["4"] == pytest.approx(together[unit]["4"], rel=1e-4, abs=1e-9)

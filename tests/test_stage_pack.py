@@ -97,7 +97,7 @@ def test_transformers_computes_what_we_compute_in_bf16(artifacts: Artifacts, nam
     assert_same(artifacts(name, dtype="bfloat16").artifact, torch.bfloat16, 2e-2)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 5, 6, 7, 8])
+@pytest.mark.parametrize("bits", [2, 3, 5, 8])
 def test_every_symmetric_width_loads(artifacts: Artifacts, bits: int) -> None:
     assert_same(artifacts("llama", bits=bits).artifact, torch.float32, 1e-4)
 
@@ -110,7 +110,7 @@ def test_protected_linears_load(artifacts: Artifacts) -> None:
     assert_same(artifacts("qwen3", protect=["*.down_proj"]).artifact, torch.float32, 1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
 def test_a_mixture_of_widths_loads(artifacts: Artifacts, name: str) -> None:
     built = mixture(artifacts, name)
     config = json.loads((built.artifact / "config.json").read_text())["quantization_config"]
@@ -166,10 +166,10 @@ def test_transformers_loads_experts_of_a_mixture(artifacts: Artifacts, name: str
     assert_same(built.artifact, torch.float32, 1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_neox", *MOE])
+@pytest.mark.parametrize("name", ["gpt_neox", *MOE])
 @pytest.mark.parametrize("keys", [
-    {"bits": 3, "symmetric": False}, {"bits": 4, "symmetric": False, "group_size": -1}, {},
-], ids=["3 bit asymmetric", "4 bit rows", "4 bit"])  # fmt: skip
+    {"bits": 3, "symmetric": False}, {"symmetric": False, "group_size": -1},
+], ids=["3 bit asymmetric", "4 bit rows"])  # fmt: skip
 def test_our_loader_computes_with_exactly_the_stored_weights(
     artifacts: Artifacts, name: str, keys: dict[str, Any]
 ) -> None:

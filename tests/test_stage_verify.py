@@ -67,7 +67,7 @@ def test_a_healthy_artifact_passes_and_says_what_was_checked(healthy: Built) -> 
     json.dumps(report.as_json())
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "gpt_neox"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_neox"])
 def test_other_architectures_pass(tiny_models: Models, tmp_path: Path, name: str) -> None:
     built = build_artifact(tiny_models(name), tmp_path / "run", {**W4, "method": "rtn", "bits": 3})
     assert verify_artifact(built.artifact).num_quantized > 0

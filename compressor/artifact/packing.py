@@ -74,7 +74,8 @@ def _split_rows(values: Tensor) -> tuple[Tensor, ...]:
 
 def _pack_rows(codes: Tensor, bits: int) -> Tensor:
     signed = (codes.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
-    return pack_to_int32(signed, bits).contiguous()
+    packed: Tensor = pack_to_int32(signed, bits).contiguous()
+    return packed
 
 
 def unpack_weight(packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.artifact.formats import LayerFormat
+from compressor.artifact.formats import SCALE_DTYPES, LayerFormat
 from compressor.artifact.manifest import Manifest, listed_files, read_manifest
 from compressor.artifact.packing import PackedWeight, pack_weight, unpack_weight
+from compressor.artifact.schema import read_formats
 from compressor.errors import CompressError, VerificationError, Where
 from compressor.modeling.checkpoint import Checkpoint, open_checkpoint
 from compressor.recipe import VerifyConfig
@@ -75,8 +76,9 @@ def verify_artifact(path: Path, *, tokens: int = DEFAULT_TOKENS) -> VerifyReport
     manifest = read_manifest(path)
     checkpoint = _open(path)
     _check_files(path, manifest)
+    _check_weight_files(checkpoint)
     _check_tensors(checkpoint, manifest)
-    formats = {n: LayerFormat.from_json(f) for n, f in manifest.formats.items()}
+    formats = _formats(checkpoint, manifest)
     for name, fmt in formats.items():
         _check_packing(checkpoint, name, fmt)
     _check_masks(checkpoint, manifest, formats)
@@ -101,6 +103,23 @@ def _open(path: Path) -> Checkpoint:
         ) from error
 
 
+def _formats(checkpoint: Checkpoint, manifest: Manifest) -> dict[str, LayerFormat]:
+    """Formats by the manifest, which must be those that the configuration tells every loader."""
+    names = {dtype: name for name, dtype in SCALE_DTYPES.items()}
+    packed = [n.removesuffix("_packed") for n in checkpoint.tensors if n.endswith(".weight_packed")]
+    scales: dict[str, Any] = {
+        n.removesuffix(".weight"): names[checkpoint.tensors[f"{n}_scale"].dtype] for n in packed
+    }
+    config = checkpoint.config.get("quantization_config")
+    file = str(checkpoint.path / "config.json")
+    told = {} if config is None else read_formats(config, scales, file=file)
+    if manifest.formats != {name: fmt.as_json() for name, fmt in told.items()}:
+        raise VerificationError(
+            "config.json and the manifest tell different formats", code="CK40", where=Where(file)
+        )
+    return told
+
+
 def _check_files(path: Path, manifest: Manifest) -> None:
     found = listed_files(path)
     for name in sorted({*found, *manifest.files}):
@@ -114,6 +133,16 @@ def _check_files(path: Path, manifest: Manifest) -> None:
             where=Where(str(path / name)),
             fix="copy the artifact again, or run the recipe again",
         )
+
+
+def _check_weight_files(checkpoint: Checkpoint) -> None:
+    """Weight files that no loader of this folder reads are nobody's."""
+    there = {
+        p.relative_to(checkpoint.path).as_posix() for p in checkpoint.path.rglob("*.safetensors")
+    }
+    for name in sorted(there - set(checkpoint.index_files)):
+        where = Where(str(checkpoint.path / name))
+        raise VerificationError(f"{name} does not belong to the model", code="CK40", where=where)
 
 
 def _check_tensors(checkpoint: Checkpoint, manifest: Manifest) -> None:
