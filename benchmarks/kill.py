@@ -64,7 +64,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def make_recipe(options: argparse.Namespace) -> dict[str, Any]:
-    """calibrate -> [prune] -> quantize within a budget -> [distill] -> pack -> verify -> evaluate."""
+    """calibrate, prune if wanted, quantize within a budget, distill, pack, verify, evaluate."""
     data = {"source": options.text, "num_samples": options.rows, "seq_len": options.length}
     prune = [{"kind": "prune", "pattern": options.pattern}] if options.pattern else []
     distill = {

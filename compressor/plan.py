@@ -228,7 +228,7 @@ def _block_weights(skeleton: Skeleton) -> list[int]:
 
 
 def seconds(recipe: Recipe, state: ModelState) -> float:
-    """Floating-point work of the stages over the measured speed of this machine, within 2-3 times."""
+    """Floating-point work of the stages over this machine's measured speed, within 2-3 times."""
     stored = DENSE_BYTES.get(stored_dtype(state), 2)
     weights = sum(info.nbytes for info in state.checkpoint.tensors.values()) / stored
     widths = [t.shape for t in block_linears(state.skeleton())]

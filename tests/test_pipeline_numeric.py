@@ -44,7 +44,7 @@ def test_numeric_fault(case: Numeric, tiny_models: Callable[[str], Path], tmp_pa
 
 def quantized(model: Path, folder: Path, **settings: Any) -> tuple[list[str], dict[str, Any]]:
     """Notes of the report, and facts of the linears of block 0."""
-    execute(recipe(model, folder, stages=stages(folder, **settings)))
+    execute(recipe(model, folder, stages=stages(folder, **settings)[:4]))
     text = (folder / "out" / "report.json").read_text()
     units = journal(folder / "out.run")
     return json.loads(text)["notes"], units["01-quantize", "block-0000"]["facts"]
@@ -67,7 +67,7 @@ def test_nu02_a_hessian_of_rank_one_is_damped_and_still_verifies(
     line = json.dumps({"text": "a" * 80}) + "\n"
     (tmp_path / "same.jsonl").write_text(line * 8)
     made[0]["data"] = data(tmp_path / "same.jsonl", 8)
-    result = execute(recipe(tiny_models("llama"), tmp_path, stages=made))
+    result = execute(recipe(tiny_models("llama"), tmp_path, stages=made[:4]))
     facts = journal(tmp_path / "out.run")["01-quantize", "block-0000"]["facts"]
     assert all(f["dampening"] > 0 for f in facts.values())
     notes = json.loads((result.output / "report.json").read_text())["notes"]
@@ -92,5 +92,5 @@ def test_nu11_the_same_seed_gives_the_same_bytes(
     made = stages(tmp_path)
     folders = [tmp_path / n / "out" for n in ("a", "b")]
     for folder in folders:
-        execute(recipe(tiny_models("llama"), tmp_path, stages=made, output=str(folder)))
+        execute(recipe(tiny_models("llama"), tmp_path, stages=made[:3], output=str(folder)))
     assert compare(*(digests(f) for f in folders)) == []

@@ -33,9 +33,10 @@ def test_refused_write(
     case: Refusal, made: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = folder_digest(Path(made.model.path))
-    with monkeypatch.context() as patch, pytest.raises(ResourceError) as caught:
+    with monkeypatch.context() as patch:
         patch.setattr(case.target, refuse(case.number))
-        execute(made)
+        with pytest.raises(ResourceError) as caught:
+            execute(made)
     assert caught.value.code == case.code
     assert caught.value.fix
     assert not (tmp_path / "out").exists()

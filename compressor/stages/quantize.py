@@ -59,12 +59,12 @@ def _numeric_notes(linears: dict[str, Any]) -> list[str]:
     heads = {n: f for n, f in linears.items() if "stacked_on" not in f}
     notes = [f"{n}: {f['factor']}" for n, f in heads.items() if f.get("factor")]
     dead = sum(f.get("num_dead", 0) for f in heads.values())
-    notes += [
-        f"{dead} input columns were always zero in calibration; they are rounded to nearest"
-    ] * (dead > 0)
     raised = sum(f.get("num_scales_raised", 0) for f in heads.values())
-    text = f"{raised} scales were raised to the smallest number of their dtype"
-    return notes + [text] * (raised > 0)
+    if dead:
+        notes.append(f"{dead} input columns were always zero in calibration: rounded to nearest")
+    if raised:
+        notes.append(f"{raised} scales were raised to the smallest number of their dtype")
+    return notes
 
 
 def _check_dense(state: ModelState, config: QuantizeConfig) -> None:

@@ -44,7 +44,8 @@ def untouched(model: Path) -> None:
 
 NUMERIC = (
     Numeric(
-        Row("NU01 the residual overflows", multiplied(f"{BLOCK}.mlp.down_proj.weight", 1e25, f"{BLOCK}.mlp.up_proj.weight"),
+        Row("NU01 the residual overflows",
+            multiplied(f"{BLOCK}.mlp.down_proj.weight", 1e25, f"{BLOCK}.mlp.up_proj.weight"),
             NumericError, "NU01", (BLOCK, "row 0")),
         kept=("tokens", "block-0000"),
     ),
