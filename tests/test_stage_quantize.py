@@ -12,8 +12,10 @@ import torch
 from compressor.artifact.formats import LayerFormat
 from compressor.errors import Interrupted, RecipeError, UnsupportedError
 from compressor.modeling.block import load_block
+from compressor.modeling.checkpoint import open_checkpoint
 from compressor.modeling.state import ModelState
 from compressor.modeling.walk import Walk, WalkOptions
+from compressor.recipe import QuantizeConfig
 from compressor.run_dir import RunDir
 from compressor.stages.context import StageReport
 from compressor.stages.selection import block_linears, select
@@ -248,12 +250,27 @@ def test_padding_tokens_do_not_reach_the_statistics(tiny_models: Models, tmp_pat
 
 
 def test_the_selection_says_what_every_pattern_matched(tiny_models: Models) -> None:
-    from compressor.modeling.checkpoint import open_checkpoint
-    from compressor.recipe import QuantizeConfig
-
     skeleton = ModelState.of_checkpoint(open_checkpoint(tiny_models("llama"))).skeleton()
     config = QuantizeConfig(kind="quantize", protect=["*.o_proj"])
     selection = select(config, skeleton)
     assert selection.matched["*.o_proj"] == [f"model.layers.{i}.self_attn.o_proj" for i in (0, 1)]
     assert selection.matched["lm_head"] == ["lm_head"]
     assert len(selection.targets) + len(selection.protected) == 14
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({}, []),
+        ({"scheme": "W4A16_ASYM"}, ["asymmetric"]),
+        ({"scheme": "W4A16_ASYM", "engines": ["ours"]}, []),
+        ({"budget": {"average_bits": 5.0}, "candidates": ["W4A16", "W8A16"]}, ["experts"]),
+    ],
+)
+def test_what_transformers_cannot_read_is_said(
+    tiny_models: Models, keys: dict[str, Any], words: list[str]
+) -> None:
+    state = ModelState.of_checkpoint(open_checkpoint(tiny_models("qwen3_moe")))
+    notes = select(QuantizeConfig(kind="quantize", **keys), state.skeleton()).notes
+    assert len(notes) == len(words)
+    assert all(word in note for word, note in zip(words, notes, strict=True))

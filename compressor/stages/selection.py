@@ -16,7 +16,7 @@ from compressor.modeling.families import format_unit
 from compressor.modeling.linears import find_linears, linear_shape
 from compressor.modeling.skeleton import Skeleton
 from compressor.modeling.state import ModelState
-from compressor.recipe import Preset, QuantizeConfig, match_names
+from compressor.recipe import Preset, QuantizeConfig, candidate_preset, match_names
 
 ALL_LINEARS = "linear"
 
@@ -81,8 +81,28 @@ def select(config: QuantizeConfig, skeleton: Skeleton) -> Selection:
     _check_types(skeleton)
     extended = [t.name for t in protected if t.name in wanted]
     notes = [f"engines fuse them with protected layers, so they stay dense too: {extended}"]
-    matched = {**chosen, **ignored, **kept}
-    return Selection(targets, protected, matched, tuple(notes) if extended else ())
+    notes = (notes if extended else []) + transformers_notes(config, targets)
+    return Selection(targets, protected, {**chosen, **ignored, **kept}, tuple(notes))
+
+
+def transformers_notes(config: QuantizeConfig, targets: tuple[Target, ...]) -> list[str]:
+    """What transformers 5.23 with compressed-tensors 0.20 will not read (tests/test_stage_pack.py).
+
+    Zero points: its model expects them unpacked. Experts: it reads those of all layers in the
+    format of one, silently wrong if only the bits differ.
+    """
+    if "transformers" not in config.engines:
+        return []
+    labels = config.candidates if config.budget else []
+    presets = [candidate_preset(label, -1) for label in labels] or [config.preset]
+    notes = []
+    if any(preset is not None and not preset.symmetric for preset in presets):
+        notes.append(
+            "transformers (5.23) cannot load asymmetric formats yet; ours and vLLM (4, 8 bit) can"
+        )
+    if len(presets) > 1 and any(".experts." in t.name for t in targets):
+        notes.append("transformers (5.23) misreads experts whose format differs between layers")
+    return notes
 
 
 def _check_types(skeleton: Skeleton) -> None:
