@@ -20,13 +20,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 TIMED = ("report.html", "report.json")
 MOST_KILLS = 8  # in one run; then it may finish
-CRASHED = 99
 
 
 def main(arguments: list[str]) -> None:
@@ -36,12 +35,13 @@ def main(arguments: list[str]) -> None:
     recipe = work / "recipe.yaml"
     work.mkdir(parents=True, exist_ok=True)
     recipe.write_text(json.dumps(make_recipe(options)), encoding="utf-8")
-    result = torture(recipe, work, kills=options.kills, seed=options.seed)
-    text = json.dumps(result, indent=1) + "\n"
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text, encoding="utf-8")
-    sys.stdout.write(text)
+    result: dict[str, Any] = {"identical": False}
+    for result in torture(recipe, work, kills=options.kills, seed=options.seed):
+        text = json.dumps(result, indent=1) + "\n"
+        if options.out is not None:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(text, encoding="utf-8")
+        sys.stdout.write(text)
     if options.work is None:
         shutil.rmtree(work)
     if not result["identical"]:
@@ -92,31 +92,35 @@ def make_recipe(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def torture(recipe: Path, work: Path, *, kills: int, seed: int = 0) -> dict[str, Any]:
-    """Run once undisturbed, then until `kills` kills were made; compare every artifact."""
+def torture(recipe: Path, work: Path, *, kills: int, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """Run once undisturbed, then until `kills` kills were made; the result after each run.
+
+    Delays are at most a third of the undisturbed time, so that one run meets several kills.
+    """
     chance = random.Random(seed)
     seconds = time.monotonic()
-    plain = _run(recipe, work / "plain", None)
+    if _run(recipe, work / "plain", None):
+        raise SystemExit(f"the undisturbed run failed: {work / 'plain' / 'log'}")
     seconds = time.monotonic() - seconds
     wanted = digests(work / "plain" / "out")
     made: list[float] = []
     differences: list[str] = []
     runs = 0
-    while plain == 0 and len(made) < kills:
+    while len(made) < kills:
         runs += 1
         made += _killed_run(recipe, work / f"run-{runs}", min(MOST_KILLS, kills - len(made)),
-                            lambda: chance.uniform(0.0, 1.1 * seconds))  # fmt: skip
+                            lambda: chance.uniform(0.0, seconds / 3))  # fmt: skip
         differences += compare(wanted, digests(work / f"run-{runs}" / "out"))
         shutil.rmtree(work / f"run-{runs}")
-    return {
-        "kills": len(made),
-        "runs": runs,
-        "identical": plain == 0 and not differences,
-        "differences": differences,
-        "files": len(wanted),
-        "undisturbed_s": round(seconds, 1),
-        "killed_after_s": [round(m, 2) for m in made],
-    }
+        yield {
+            "kills": len(made),
+            "runs": runs,
+            "identical": not differences,
+            "differences": differences,
+            "files": len(wanted),
+            "undisturbed_s": round(seconds, 1),
+            "killed_after_s": [round(m, 2) for m in made],
+        }
 
 
 def _killed_run(recipe: Path, folder: Path, kills: int, delay: Any) -> list[float]:
@@ -127,11 +131,11 @@ def _killed_run(recipe: Path, folder: Path, kills: int, delay: Any) -> list[floa
         code = _run(recipe, folder, after)
         if code != -signal.SIGKILL:
             if code:
-                raise SystemExit(CRASHED)
+                raise SystemExit(f"a resumed run failed: {folder / 'log'}")
             return made
         made.append(after)
     if _run(recipe, folder, None):
-        raise SystemExit(CRASHED)
+        raise SystemExit(f"a resumed run failed: {folder / 'log'}")
     return made
 
 

@@ -31,7 +31,7 @@ from compressor.algorithms.finite import require_finite
 from compressor.errors import RecipeError
 
 NUM_REFINEMENTS = 3  # least-squares steps after the search; the error stops moving after 2 or 3
-ROWS_AT_ONCE_ELEMENTS = 1 << 20  # weights searched together: bounds the temporaries to ~20 MB
+ROWS_AT_ONCE_ELEMENTS = 1 << 18  # weights searched together: 1 MiB fits the cache, 4 is 5x slower
 
 
 @dataclass(frozen=True, slots=True, eq=False)
