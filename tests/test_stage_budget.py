@@ -15,7 +15,8 @@ from compressor.errors import CompressError, RecipeError
 from compressor.modeling.state import ModelState
 from compressor.recipe import QuantizeConfig
 from compressor.run_dir import RunDir
-from compressor.stages.budget import ENGINE_WIDTHS, legal_candidates
+from compressor.algorithms.allocation import Choice
+from compressor.stages.budget import ENGINE_WIDTHS, allocate_together, legal_candidates
 from compressor.stages.context import StageReport
 from compressor.stages.selection import select, uniform_formats
 from compressor.stages.sensitivity import UnitOption, fisher_scores, swap_in_scores
@@ -283,3 +284,18 @@ def test_scores_do_not_depend_on_the_other_options(tiny_models: Models, tmp_path
     alone = scores_of(bench, swap_in_scores, [4])
     for unit, row in alone.items():
         assert row["4"] == pytest.approx(together[unit]["4"], rel=1e-4, abs=1e-9)
+
+
+def test_tied_units_share_one_format_and_stay_within_the_budget() -> None:
+    choices = [
+        Choice(unit, option, cost, score)
+        for unit in ("a.experts", "b.experts", "c")
+        for option, cost, score in (("W2A16", 2, 9.0), ("W4A16", 4, 1.0))
+    ]
+    tied = {"a.experts", "b.experts"}
+    assert allocate_together(choices, 10, tied=tied) == {
+        "c": "W2A16",
+        "a.experts": "W4A16",
+        "b.experts": "W4A16",
+    }
+    assert len({allocate_together(choices, n, tied=tied)["a.experts"] for n in (6, 9)}) == 1

@@ -154,7 +154,7 @@ class QuantizeConfig(Part):
     scale_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     budget: Budget | None = None
     candidates: Annotated[list[Candidate], Field(min_length=1)] = [
-        "W2A16_ASYM", "W3A16_ASYM", "W4A16_ASYM", "W8A16_ASYM", "BF16",
+        "W2A16", "W3A16", "W4A16", "W8A16", "BF16",
     ]  # fmt: skip
     scores: Literal["auto", "output_fisher", "swap_in_kl"] = "auto"
     engines: list[Literal["transformers", "vllm", "sglang", "ours"]] = ["ours", "transformers"]

@@ -34,7 +34,7 @@ from compressor.stages.sensitivity import Scores, UnitOption, fisher_scores, swa
 # Widths that engines load: (bits, symmetric) pairs (formats.md of the engines, autumn 2026).
 ENGINE_WIDTHS: dict[str, frozenset[tuple[int, bool]]] = {
     "ours": frozenset((b, s) for b in range(2, 9) for s in (True, False)),
-    "transformers": frozenset((b, s) for b in range(2, 9) for s in (True, False)),
+    "transformers": frozenset((b, True) for b in range(2, 9)),  # 5.23 misreads zero points
     "vllm": frozenset({(b, True) for b in range(2, 9)} | {(4, False), (8, False)}),
     "sglang": frozenset({(4, True), (8, True), (4, False), (8, False)}),
 }
@@ -85,7 +85,7 @@ def allocate_formats(
     scores, method = _scores(config, context, problem)
     choices = _choices(config, problem, scores)
     _check_feasible(config, selection, choices, budget)
-    picked = allocate(choices, budget_bytes=budget)
+    picked = allocate_together(choices, budget, tied=_tied_units(config, problem))
     uniform = _best_uniform(problem, scores, budget)
     labels = {unit: picked[unit] for unit in sorted(picked)}
     by_key = {(o.unit, o.label): o for o in problem.options}
@@ -147,6 +147,32 @@ def protect_most_sensitive(
     ]
     raised = _raised(config, _journaled_fisher(config, context, options))
     return [t.name for t in targets if t.unit in raised]
+
+
+def _tied_units(config: QuantizeConfig, problem: _Problem) -> set[str]:
+    """Units that must share one format: transformers unpacks the experts of all layers alike."""
+    if "transformers" not in config.engines:
+        return set()
+    return {unit for unit in problem.targets if unit.endswith(".experts")}
+
+
+def allocate_together(choices: list[Choice], budget: int, *, tied: set[str]) -> dict[str, str]:
+    """`allocate`, with the tied units as one: their costs and scores are summed for each option."""
+    name = "+".join(sorted(tied))
+    sums: dict[str, list[Choice]] = {}
+    for choice in choices:
+        if choice.unit in tied:
+            sums.setdefault(choice.option, []).append(choice)
+    together = [
+        Choice(name, option, sum(c.cost for c in parts), sum(c.score for c in parts))
+        for option, parts in sums.items()
+        if len(parts) == len(tied)
+    ]
+    picked = allocate(
+        [c for c in choices if c.unit not in tied] + together, budget_bytes=budget
+    )
+    shared = picked.pop(name, "")
+    return picked | dict.fromkeys(tied, shared)
 
 
 def unit_targets(selection: Selection) -> dict[str, list[Target]]:
