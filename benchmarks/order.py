@@ -2,8 +2,8 @@
 
     python -m benchmarks order --model DIR --calibration TEXT --evaluation TEXT [--out FILE]
 
-The same parts in different orders: 4-bit quantization, 30 % unstructured sparsity, distillation of a
-fixed number of tokens; and, at a comparable size, a narrower network and plain 3 bits. Zeros of an
+The same parts in different orders: 4-bit quantization, 30 % unstructured sparsity, distillation of
+a fixed number of tokens; and, at a comparable size, a narrower network and plain 3 bits. Zeros of an
 unstructured mask save no bytes in the stored format: the rows say what they cost.
 """
 

@@ -42,7 +42,7 @@ class Where:
 
 
 def printable(text: str, limit: int = 120) -> str:
-    """Escape control and direction-changing characters so that a hostile name cannot forge output."""
+    """Escape control and direction-changing characters: a hostile name cannot forge output."""
     escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return escaped if len(escaped) <= limit else escaped[: limit - 1] + "…"
 

@@ -15,7 +15,9 @@ ROOT = Path(__file__).parent.parent
 def wheel_names(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    skipped = shutil.ignore_patterns(".git", ".venv", "out", "build", "*.egg-info", "tests", "__pycache__")
+    skipped = shutil.ignore_patterns(
+        ".git", ".venv", "out", "build", "*.egg-info", "tests", "__pycache__"
+    )
     shutil.copytree(ROOT, source, ignore=skipped)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
     command += ["--disable-pip-version-check", "-w", str(folder), str(source)]
@@ -41,7 +43,9 @@ def test_the_wheel_holds_code_and_package_data(wheel_names, name):
     assert name in wheel_names
 
 
-@pytest.mark.parametrize("ending", ["recipes/full.yaml", "tasks/next_line_mc.yaml", "suites/quick.yaml"])
+@pytest.mark.parametrize(
+    "ending", ["recipes/full.yaml", "tasks/next_line_mc.yaml", "suites/quick.yaml"]
+)
 def test_the_wheel_holds_recipes_tasks_and_suites(wheel_names, ending):
     assert any(n.endswith(f"share/compressor/{ending}") for n in wheel_names)
 

@@ -1,6 +1,5 @@
 """The HTTP server, live on 127.0.0.1: what OpenAI's clients and lm-eval get."""
 
-
 import openai
 import pytest
 import torch
@@ -59,9 +58,7 @@ def test_the_openai_client_chats_with_logprobs_and_usage(live, client):
     assert len(answer.choices[0].logprobs.content[0].top_logprobs) == 3
     assert answer.usage.prompt_tokens == len("<user>Hi\n<assistant>")
     chunks = list(
-        client.chat.completions.create(
-            **asked, stream=True, stream_options={"include_usage": True}
-        )
+        client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
     )
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert text == answer.choices[0].message.content

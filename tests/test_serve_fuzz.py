@@ -87,9 +87,7 @@ def test_clients_that_leave_at_any_time_do_no_harm(live):
 def test_random_arrivals_and_aborts_keep_greedy_texts_exact(seed):
     rng, model = random.Random(seed), build_model()
     starts = [[rng.randrange(250) for _ in range(20)] for _ in range(2)]
-    prompts = [
-        [*rng.choice(starts)[: rng.randrange(1, 20)], rng.randrange(250)] for _ in range(12)
-    ]
+    prompts = [[*rng.choice(starts)[: rng.randrange(1, 20)], rng.randrange(250)] for _ in range(12)]
     expected = [greedy(model, p, 12) for p in prompts]
     options = ServeOptions(num_blocks=20, block_size=4, max_num_seqs=5, max_num_batched_tokens=11)
     engine = LLMEngine(model, None, options)

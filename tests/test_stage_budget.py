@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from compressor.algorithms.allocation import Choice
 from compressor.artifact.formats import LayerFormat
 from compressor.errors import CompressError, RecipeError
 from compressor.modeling.state import ModelState
 from compressor.recipe import QuantizeConfig
 from compressor.run_dir import RunDir
-from compressor.algorithms.allocation import Choice
 from compressor.stages.budget import ENGINE_WIDTHS, allocate_together, legal_candidates
 from compressor.stages.context import StageReport
 from compressor.stages.selection import select, uniform_formats

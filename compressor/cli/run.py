@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any

@@ -1,1 +1,1 @@
-"""Open a Hugging Face checkpoint safely, walk its decoder blocks one at a time, load whole models."""
+"""Open a checkpoint safely, walk its decoder blocks one at a time, load whole models."""

@@ -229,8 +229,9 @@ class DistillConfig(Part):
     @classmethod
     def _short_runs_warm_up_shortly(cls, data: Any) -> Any:
         steps = data.get("steps") if isinstance(data, dict) else None
-        is_short = type(steps) is int and 0 < steps < 20
-        return {"warmup_steps": steps // 2, **data} if is_short else data
+        if type(steps) is not int or not 0 < steps < 20:
+            return data
+        return {"warmup_steps": steps // 2, **data}
 
 
 class PackConfig(Part):

@@ -94,9 +94,7 @@ async def chat(request: Request) -> Response:
     return await _respond(request, asked, plan, warnings)
 
 
-def _accept(
-    serving: Serving, asked: Asked | TokenizeRequest | DetokenizeRequest
-) -> dict[str, str]:
+def _accept(serving: Serving, asked: Asked | TokenizeRequest | DetokenizeRequest) -> dict[str, str]:
     """Check the model's name and unknown fields; returns headers that warn of the latter."""
     serving.check_model(asked.model)
     names = [ascii(name[:60])[1:-1].replace('"', "'") for name in asked.unknown_fields()[:10]]
@@ -105,9 +103,7 @@ def _accept(
     return {"warning": f'299 - "unknown fields ignored: {", ".join(names)}"'} if names else {}
 
 
-async def _respond(
-    request: Request, asked: Asked, plan: Plan, headers: dict[str, str]
-) -> Response:
+async def _respond(request: Request, asked: Asked, plan: Plan, headers: dict[str, str]) -> Response:
     if asked.stream_options is not None and not asked.stream:
         raise ApiError(400, "stream_options: needs stream = true", param="stream_options")
     serving = _serving(request)

@@ -111,9 +111,7 @@ def measure(client: Client, options: BenchOptions) -> dict[str, Any]:
     return summary(samples, time.monotonic() - started, options)
 
 
-def _send_all(
-    client: Client, bodies: list[dict[str, Any]], options: BenchOptions
-) -> list[Sample]:
+def _send_all(client: Client, bodies: list[dict[str, Any]], options: BenchOptions) -> list[Sample]:
     rng = random.Random(options.seed + 1)
     with ThreadPoolExecutor(options.concurrency) as pool:
         futures = []

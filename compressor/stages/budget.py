@@ -168,9 +168,7 @@ def allocate_together(choices: list[Choice], budget: int, *, tied: set[str]) -> 
         for option, parts in sums.items()
         if len(parts) == len(tied)
     ]
-    picked = allocate(
-        [c for c in choices if c.unit not in tied] + together, budget_bytes=budget
-    )
+    picked = allocate([c for c in choices if c.unit not in tied] + together, budget_bytes=budget)
     shared = picked.pop(name, "")
     return picked | dict.fromkeys(tied, shared)
 
