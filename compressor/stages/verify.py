@@ -11,7 +11,6 @@ Steps 1-3 and 5 need only the folder, so `compress verify DIR` repeats them at a
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,11 +20,18 @@ import torch
 from torch import Tensor
 
 from compressor.artifact.formats import SCALE_DTYPES, LayerFormat
-from compressor.artifact.manifest import Manifest, listed_files, read_manifest
+from compressor.artifact.manifest import Manifest, read_manifest
 from compressor.artifact.packing import PackedWeight, pack_weight, unpack_weight
 from compressor.artifact.schema import read_formats
-from compressor.errors import CompressError, VerificationError, Where
+from compressor.errors import VerificationError, Where
 from compressor.modeling.checkpoint import Checkpoint, open_checkpoint
+from compressor.modeling.integrity import (
+    check_files,
+    check_tensors,
+    check_weight_files,
+    open_artifact,
+    raw_bytes,
+)
 from compressor.recipe import VerifyConfig
 from compressor.stages.context import StageContext, StageReport
 from compressor.stages.kernels import kernels_match
@@ -74,10 +80,10 @@ def verify_artifact(path: Path, *, tokens: int = DEFAULT_TOKENS) -> VerifyReport
     """
     path = Path(path)
     manifest = read_manifest(path)
-    checkpoint = _open(path)
-    _check_files(path, manifest)
-    _check_weight_files(checkpoint)
-    _check_tensors(checkpoint, manifest)
+    checkpoint = open_artifact(path)
+    check_files(path, manifest)
+    check_weight_files(checkpoint)
+    check_tensors(checkpoint, manifest)
     formats = _formats(checkpoint, manifest)
     for name, fmt in formats.items():
         _check_packing(checkpoint, name, fmt)
@@ -92,15 +98,6 @@ def verify_artifact(path: Path, *, tokens: int = DEFAULT_TOKENS) -> VerifyReport
         kernels_match=kernels_match(path),
         notes=(*checkpoint.notes, *logits.notes),
     )
-
-
-def _open(path: Path) -> Checkpoint:
-    try:
-        return open_checkpoint(path, strict=True)
-    except CompressError as error:
-        raise VerificationError(
-            error.message, code=error.code or "CK40", where=error.where, fix="write it again"
-        ) from error
 
 
 def _formats(checkpoint: Checkpoint, manifest: Manifest) -> dict[str, LayerFormat]:
@@ -118,48 +115,6 @@ def _formats(checkpoint: Checkpoint, manifest: Manifest) -> dict[str, LayerForma
             "config.json and the manifest tell different formats", code="CK40", where=Where(file)
         )
     return told
-
-
-def _check_files(path: Path, manifest: Manifest) -> None:
-    found = listed_files(path)
-    for name in sorted({*found, *manifest.files}):
-        if found.get(name) == manifest.files.get(name):
-            continue
-        state = "is missing" if name not in found else "has changed"
-        state = "is not listed in the manifest" if name not in manifest.files else state
-        raise VerificationError(
-            f"{name} {state}",
-            code="CK40",
-            where=Where(str(path / name)),
-            fix="copy the artifact again, or run the recipe again",
-        )
-
-
-def _check_weight_files(checkpoint: Checkpoint) -> None:
-    """Weight files that no loader of this folder reads are nobody's."""
-    there = {
-        p.relative_to(checkpoint.path).as_posix() for p in checkpoint.path.rglob("*.safetensors")
-    }
-    for name in sorted(there - set(checkpoint.index_files)):
-        where = Where(str(checkpoint.path / name))
-        raise VerificationError(f"{name} does not belong to the model", code="CK40", where=where)
-
-
-def _check_tensors(checkpoint: Checkpoint, manifest: Manifest) -> None:
-    for name in sorted({*checkpoint.tensors, *manifest.tensors}):
-        if name not in checkpoint.tensors or name not in manifest.tensors:
-            where = Where(str(checkpoint.path), tensor=name)
-            side = "manifest" if name in checkpoint.tensors else "weight files"
-            raise VerificationError(f"tensor is not in the {side}", code="CK40", where=where)
-        digest = hashlib.sha256(_bits(checkpoint.read(name)).numpy().data).hexdigest()
-        if digest != manifest.tensors[name]:
-            raise VerificationError(
-                "the bytes of a tensor have changed",
-                code="CK40",
-                where=Where(str(checkpoint.path / checkpoint.tensors[name].file), tensor=name),
-                why="A bit flip on disk or in a copy, or somebody edited the file.",
-                fix="copy the artifact again, or run the recipe again",
-            )
 
 
 def read_packed(checkpoint: Checkpoint, name: str, fmt: LayerFormat) -> PackedWeight:
@@ -207,7 +162,7 @@ def _compare_with_units(context: StageContext) -> int:
     count = 0
     for name, tensor in _meant(context):
         stored = checkpoint.read(name)
-        if stored.dtype != tensor.dtype or not torch.equal(_bits(stored), _bits(tensor)):
+        if stored.dtype != tensor.dtype or not torch.equal(raw_bytes(stored), raw_bytes(tensor)):
             where = Where(str(context.artifact), tensor=name)
             raise VerificationError(
                 "what was written is not what the stages made", code="NU07", where=where
@@ -219,7 +174,3 @@ def _compare_with_units(context: StageContext) -> int:
 def _meant(context: StageContext) -> Iterator[tuple[str, Tensor]]:
     for entry in gather(context.state, context.state.skeleton()).entries:
         yield entry.name, entry.load()
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().flatten().view(torch.uint8)
