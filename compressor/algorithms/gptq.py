@@ -77,27 +77,32 @@ def hessian_error(delta_w: Tensor, hessian: Tensor) -> float:
     return total
 
 
-def inverse_cholesky(hessian: Tensor, *, dampening: float) -> tuple[Tensor, Factor]:
+def inverse_cholesky(
+    hessian: Tensor, *, dampening: float, order: Tensor | None = None
+) -> tuple[Tensor, Factor]:
     """U [I, I], upper triangular, with (H + dampening * mean(diag H) * I)^-1 = U^T U.
+
+    order: factorise H[order][:, order] instead, without a lasting copy of it.
 
     If the factorisation fails: once more in fp64, then up to three times with tenfold dampening,
     then with clamped eigenvalues, at last with diag(H) alone. The ``Factor`` says which. Memory: at
-    most three I x I matrices besides H (in fp64 after the first attempt). Raises NumericError NU01
+    most two I x I matrices besides H (in fp64 after the first attempt). Raises NumericError NU01
     if H is not finite; that is a broken input and no dampening can repair it.
     """
     require_finite(hessian, "the input statistics (Hessian) of a layer")
     dtype = torch.promote_types(hessian.dtype, torch.float32)
     attempts = 0
     for attempts, (lam, precision, reason) in enumerate(_ladder(dampening, dtype), start=1):
-        upper = _factor(_damped(hessian, lam, precision))
+        upper = _factor(_damped(hessian, lam, precision, order))
         if upper is not None:
             return upper.to(dtype), Factor(lam, attempts, reason)
-    clamped = _clamp_eigenvalues(hessian)
+    clamped = _clamp_eigenvalues(hessian, order)
     upper = None if clamped is None else _factor(clamped)
     if upper is not None:
         reason = "not positive definite at any dampening: small eigenvalues were raised"
         return upper.to(dtype), Factor(0.0, attempts + 1, reason)
     diagonal = hessian.diagonal().to(dtype).clamp(min=0)
+    diagonal = diagonal if order is None else diagonal[order]
     floor = diagonal.max() * EIGENVALUE_FLOOR
     safe = torch.where(diagonal > floor, diagonal, floor if bool(floor > 0) else diagonal + 1)
     reason = "no factorisation succeeded: only the diagonal was used (round to nearest)"
@@ -122,9 +127,7 @@ def gptq(
     require_finite(w, "the weights to be quantized")
     alive, num_dead = _revive(hessian)
     order = torch.argsort(alive.diagonal(), descending=True, stable=True)
-    alive = alive[order]  # one at a time: each copy is [I, I]
-    alive = alive[:, order]
-    upper, factor = inverse_cholesky(alive, dampening=dampening)
+    upper, factor = inverse_cholesky(alive, dampening=dampening, order=order)
     del alive
     columns = _Columns(w, order, grid, mask, dtype=upper.dtype)
     _sweep(columns, upper, columns_per_block)
@@ -145,9 +148,13 @@ def _ladder(dampening: float, dtype: torch.dtype) -> Iterator[tuple[float, torch
         yield lam, torch.float64, f"not positive definite: dampening raised to {lam:g}"
 
 
-def _damped(hessian: Tensor, dampening: float, dtype: torch.dtype) -> Tensor:
+def _damped(hessian: Tensor, dampening: float, dtype: torch.dtype, order: Tensor | None) -> Tensor:
     """A symmetric copy of H, reversed in rows and columns, with dampening on its diagonal."""
-    flipped = hessian.to(dtype).flip(0, 1)
+    if order is None:
+        flipped = hessian.to(dtype).flip(0, 1)
+    else:
+        flipped = hessian[order.flip(0)]
+        flipped = flipped[:, order.flip(0)].to(dtype)
     _symmetrize(flipped)
     flipped.diagonal().add_(dampening * flipped.diagonal().mean())
     return flipped
@@ -166,20 +173,22 @@ def _symmetrize(square: Tensor) -> None:
 
 def _factor(flipped: Tensor) -> Tensor | None:
     """U = J L^-1 J of the reversed matrix J H J = L L^T; None if it is not positive definite."""
-    lower, info = torch.linalg.cholesky_ex(flipped)
+    lower = flipped.mT  # column-major, so that both steps work in place
     del flipped
+    info = torch.zeros((), dtype=torch.int32, device=lower.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, info))
     if int(info) != 0:
         return None
-    identity = torch.eye(lower.shape[0], dtype=lower.dtype, device=lower.device)
-    inverse = torch.linalg.solve_triangular(lower, identity, upper=False, out=identity)
-    del lower, identity
+    inverse = torch.eye(lower.shape[0], dtype=lower.dtype, device=lower.device).mT
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    del lower
     return inverse.flip(0, 1) if bool(torch.isfinite(inverse.sum())) else None
 
 
-def _clamp_eigenvalues(hessian: Tensor) -> Tensor | None:
+def _clamp_eigenvalues(hessian: Tensor, order: Tensor | None) -> Tensor | None:
     """H, reversed, with eigenvalues raised to a floor; None if they cannot be had."""
     try:
-        values, vectors = torch.linalg.eigh(_damped(hessian, 0.0, torch.float64))
+        values, vectors = torch.linalg.eigh(_damped(hessian, 0.0, torch.float64, order))
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # no convergence
         return None
     if not bool(values[-1] > 0):
@@ -189,12 +198,13 @@ def _clamp_eigenvalues(hessian: Tensor) -> Tensor | None:
 
 
 def _revive(hessian: Tensor) -> tuple[Tensor, int]:
-    """A copy of H whose dead columns carry the mean diagonal, uncorrelated; and their number."""
-    alive = hessian.to(torch.promote_types(hessian.dtype, torch.float32), copy=True)
-    diagonal = alive.diagonal()
-    dead = diagonal <= 0
+    """H whose dead columns carry the mean diagonal, uncorrelated (a copy if there are any)."""
+    alive = hessian.to(torch.promote_types(hessian.dtype, torch.float32))
+    dead = alive.diagonal() <= 0
     num_dead = int(dead.sum())
     if num_dead:
+        alive = alive.clone() if alive is hessian else alive
+        diagonal = alive.diagonal()
         alive[dead, :] = 0
         alive[:, dead] = 0
         mean = float(diagonal.mean())

@@ -98,32 +98,33 @@ class BlockSolver:
     def _solve_group(
         self, block: Block, group: list[str], formats: Formats, statistics: GroupStatistics
     ) -> dict[str, Any]:
-        facts: dict[str, Any] = {}
         by_format: dict[LayerFormat, list[str]] = {}
         for name in group:
             by_format.setdefault(formats[name], []).append(name)
+        jobs = {f: self._job(block, n, f, statistics) for f, n in by_format.items()}
+        statistics.cross = None  # all targets are known
+        facts: dict[str, Any] = {}
         for fmt, names in by_format.items():
-            facts.update(self._solve_stack(block, names, fmt, statistics))
+            job, strength = jobs.pop(fmt)
+            found = round_stack([block.linears[n] for n in names], job)
+            found |= {"num_tokens": statistics.num_tokens, "strength": strength}
+            facts |= {n: found | {"error": 0.0, "stacked_on": names[0]} for n in names}
+            facts[names[0]] = found
         return facts
 
-    def _solve_stack(
+    def _job(
         self, block: Block, names: list[str], fmt: LayerFormat, statistics: GroupStatistics
-    ) -> dict[str, Any]:
+    ) -> tuple[Rounding, float]:
+        """What to round for linears that are stacked, and the strength of the correction."""
         parts = [block.linears[n].dense() for n in names]
         weight = torch.cat(parts) if len(parts) > 1 else parts[0]
         del parts
         mask = weight != 0 if any(n in block.masked for n in names) else None
         target, strength = statistics.target(weight)
-        if mask is None:
-            del weight  # the target may be a matrix of its own
-        else:
+        if mask is not None:
             target = reconstruct(target, statistics.hessian, mask, start=weight)
         settings = (self.config.grid, self.config.dampening, names[0])
-        rounding = Rounding(target, statistics.hessian, fmt, mask, *settings)
-        facts = round_stack([block.linears[n] for n in names], rounding)
-        facts |= {"num_tokens": statistics.num_tokens, "strength": strength}
-        rest = {**facts, "error": 0.0, "stacked_on": names[0]}
-        return {name: facts if name == names[0] else rest for name in names}
+        return Rounding(target, statistics.hessian, fmt, mask, *settings), strength
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -40,9 +40,12 @@ class Streams:
         self.compressed.close()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class GroupStatistics:
-    """H, and D if the target is asymmetric, of one shared input; both [I, I] means over tokens."""
+    """H, and D if the target is asymmetric, of one shared input; both [I, I] means over tokens.
+
+    Whoever has all targets sets `cross` to None: it is as large as H.
+    """
 
     hessian: Tensor
     cross: Tensor | None
@@ -136,6 +139,8 @@ def _statistics(total: HessianAccumulator, cross: bool, columns: int) -> GroupSt
         return GroupStatistics(torch.eye(columns), None, 0)
     num_tokens = total.num_tokens
     hessian, drift = total.finish()
+    if drift is not None and correction_strength(num_tokens, columns)[0] == 0.0:
+        drift = None  # too few tokens to learn a correction from
     if num_tokens < 4 * columns and not cross:
         hessian = _shrink(hessian, num_tokens)
     return GroupStatistics(hessian, drift, num_tokens)
