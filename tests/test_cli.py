@@ -237,7 +237,7 @@ def test_flags_run_the_same_code_as_a_recipe(pipeline: Pipeline, capsys: Output)
     ("words", "says"),
     [
         (["quantize", "m", "--scheme", "W4A17"], "did you mean `W4A16`"),
-        (["quantize", "m", "--average-bits", "1"], "at least 2.141"),
+        (["quantize", "m", "--average-bits", "1"], "at least 2.125"),
         (["prune", "m"], "exactly one of sparsity, pattern, width and depth"),
         (["prune", "m", "--width", "mlp"], "has no `=`"),
         (["prune", "m", "--depth", "[1"], "YAML syntax"),

@@ -78,7 +78,7 @@ def test_a_changed_file_is_found_before_serving(tiny_models, tmp_path):
     keys = ("base", "data", "versions", "tensors", "formats")
     manifest = {**{k: {} for k in keys}, "recipe_sha256": "", "seed": 0, "files": digests}
     (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match=r"config\.json differs"):
+    with pytest.raises(CheckpointError, match=r"config\.json has changed"):
         generate_text(path, ["x"], options=SMALL)
 
 

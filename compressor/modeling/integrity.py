@@ -23,10 +23,10 @@ def open_artifact(path: Path) -> Checkpoint:
         ) from error
 
 
-def check_files(path: Path, manifest: Manifest) -> None:
-    """Every file but the weights: there, listed, and unchanged (CK40)."""
+def check_files(path: Path, manifest: Manifest, *, allow_more: bool = False) -> None:
+    """Every file but the weights: there and unchanged, and no others unless allowed (CK40)."""
     found = listed_files(path)
-    for name in sorted({*found, *manifest.files}):
+    for name in sorted({*manifest.files} if allow_more else {*found, *manifest.files}):
         if found.get(name) == manifest.files.get(name):
             continue
         state = "is missing" if name not in found else "has changed"
