@@ -16,7 +16,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	touch $@
 
 demo: install
-	OMP_NUM_THREADS=2 $(BIN)/compress demo
+	$(BIN)/compress demo
 
 test: install
 	$(BIN)/pytest -q -n $(WORKERS) --dist worksteal
@@ -31,10 +31,16 @@ format: install
 	$(BIN)/ruff check --fix .
 
 bench: install
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks quality
+	$(BIN)/python -m benchmarks order
+	$(BIN)/python -m benchmarks kill --kills 20 --pattern 2:4
+	$(BIN)/python -m benchmarks memory
+	$(BIN)/python kernels/bench/bench_dequant_gemm.py --cpu --out build/cpu.json
 
 reference-model: install
-	OMP_NUM_THREADS=2 $(BIN)/python -m reference.train
+	OMP_NUM_THREADS=2 $(BIN)/python -m reference.train --out compressor/reference_model --minutes 66
+	OMP_NUM_THREADS=2 $(BIN)/python -m reference.distill_draft --out compressor/reference_model --minutes 12
+	$(BIN)/python -m reference.card --out compressor/reference_model
 
 clean:
 	rm -rf $(VENV) out runs build dist *.egg-info

@@ -2,9 +2,9 @@
 
     python -m benchmarks order --model DIR --calibration TEXT --evaluation TEXT [--out FILE]
 
-The same parts in different orders: 4-bit quantization, 30 % unstructured sparsity, distillation of
-a fixed number of tokens; and, at a comparable size, a narrower network and plain 3 bits. Zeros of an
-unstructured mask save no bytes in the stored format: the rows say what they cost.
+The same parts in different orders: 4-bit quantization, 30 % unstructured sparsity, distillation
+of a fixed number of tokens; and, at a comparable size, a narrower network and plain 3 bits. Zeros
+of an unstructured mask save no bytes in the stored format: the rows say what they cost.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ QUANTIZE_4: dict[str, Any] = {"kind": "quantize", "scheme": "W4A16", "group_size
 QUANTIZE_3: dict[str, Any] = {"kind": "quantize", "scheme": "W3A16", "group_size": 32}
 PRUNE: dict[str, Any] = {"kind": "prune", "method": "sparsegpt", "sparsity": 0.3}
 NARROW: dict[str, Any] = {"kind": "prune", "width": {"mlp": 0.75}}
-DISTILL_SCALES: dict[str, Any] = {"kind": "distill", "learning_rate": 0.002}
+DISTILL_SCALES: dict[str, Any] = {"kind": "distill", "learning_rate": 0.0005}
 DISTILL_WEIGHTS: dict[str, Any] = {"kind": "distill", "learning_rate": 0.0003}
 
 ORDERS: dict[str, list[dict[str, Any]]] = {

@@ -1,9 +1,9 @@
 """Damage for each byte: KL divergence of our artifacts on models that others trained.
 
-    python -m benchmarks quality --model DIR --calibration TEXT --evaluation TEXT [--out FILE]
+    python -m benchmarks quality --model DIR --calibration TEXT --evaluation TEXT [--rows 128] [--out FILE]
 
-Protocol: symmetric, group 32, all linears of the blocks, head and embeddings untouched; 128 rows of
-192 tokens for calibration and as many for evaluation, each row one document from its BOS. Every
+Protocol: symmetric, group 32, all linears of the blocks, head and embeddings untouched; rows of 192
+tokens for calibration and as many for evaluation, each row one document from its BOS. Every
 figure is taken from the saved artifact, loaded again from disk. `mixed-3` may use as many bytes as
 uniform 3 bits. Nothing is tuned on the evaluation text.
 """
@@ -53,11 +53,11 @@ def main(arguments: list[str]) -> None:
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks quality")
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--evaluation", required=True)
+    parser.add_argument("--model", default="reference")
+    parser.add_argument("--calibration", default="reference")
+    parser.add_argument("--evaluation", default="reference-eval")
     parser.add_argument("--group", type=int, default=32)
-    parser.add_argument("--rows", type=int, default=128)
+    parser.add_argument("--rows", type=int, default=96)
     parser.add_argument("--seq-len", type=int, default=192)
     parser.add_argument("--variants", nargs="*")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.json"))
