@@ -1,6 +1,6 @@
 """Damage for each byte: KL divergence of our artifacts on models that others trained.
 
-    python -m benchmarks quality --model DIR --calibration TEXT --evaluation TEXT [--rows 128] [--out FILE]
+    python -m benchmarks quality --model DIR --calibration TEXT --evaluation TEXT --rows 128
 
 Protocol: symmetric, group 32, all linears of the blocks, head and embeddings untouched; rows of 192
 tokens for calibration and as many for evaluation, each row one document from its BOS. Every
