@@ -19,7 +19,7 @@ demo: install
 	$(BIN)/compress demo
 
 test: install
-	$(BIN)/pytest -q -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 check: install
 	$(BIN)/ruff format --check .
