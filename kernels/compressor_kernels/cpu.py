@@ -117,17 +117,19 @@ def planes_linear(
 ) -> Tensor:
     """y = x @ w^T for x [M, I], dequantizing `CHUNK_ELEMENTS` weights at a time; [M, O].
 
-    Computes in float32 unless x is bf16 and the processor has bf16 products.
+    Computes in float32 unless x is bf16 and the processor has bf16 products. Scales and weights are
+    rounded to the dtype of x, as in a dense model of that dtype, whatever the processor.
     """
     out_features, columns = shape
     compute = _compute_dtype(x)
     x_wide = x.to(compute)
+    resident = {**resident, "scale": resident["scale"].to(x.dtype)}
     y = torch.empty((x.shape[0], out_features), dtype=compute, device=x.device)
     step = max(16, CHUNK_ELEMENTS // columns) if x.device.type == "cpu" else out_features
     for start in range(0, out_features, step):
         rows = slice(start, start + step)
         weight = dequantize_rows(resident, rows, bits=bits, group_size=group_size, columns=columns)
-        y[:, rows] = F.linear(x_wide, weight.to(compute))
+        y[:, rows] = F.linear(x_wide, weight.to(x.dtype).to(compute))
     return y.to(x.dtype)
 
 
@@ -231,7 +233,8 @@ def int4_op_linear(x: Tensor, resident: dict[str, Tensor], group_size: int) -> T
     for start in range(0, words.shape[0], step):
         rows = slice(start, start + step)
         weight = unpack_int4_op(words[rows]).sub_(8).view(torch.int8).float()
-        y[:, rows] = F.linear(x_wide, scale_groups_(weight, factor[rows], group_size).to(compute))
+        weight = scale_groups_(weight, factor[rows], group_size)
+        y[:, rows] = F.linear(x_wide, weight.to(x.dtype).to(compute))
     return y.to(x.dtype)
 
 
