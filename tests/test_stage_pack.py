@@ -94,7 +94,7 @@ def test_transformers_computes_what_we_compute(artifacts: Artifacts, name: str) 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "mistral", "gpt_neox"])
 def test_transformers_computes_what_we_compute_in_bf16(artifacts: Artifacts, name: str) -> None:
     # They round code * scale to bf16, we do not: 1 % of the logits on these tiny models.
-    assert_same(artifacts(name, dtype="bfloat16").artifact, torch.bfloat16, 2e-2)
+    assert_same(artifacts(name, dtype="bfloat16").artifact, torch.bfloat16, 1e-2)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 5, 8])
