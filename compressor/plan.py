@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from pydantic import BaseModel
 
@@ -89,9 +90,10 @@ def preflight(recipe: Recipe, state: ModelState, run_path: Path) -> None:
 
     Raises:
         RecipeError: patterns, formats or group sizes that do not fit the model.
-        ResourceError: not enough disk (RE01).
+        ResourceError: not enough disk (RE01) or memory (RE06).
     """
     _patterns(recipe, state)
+    _check_memory(recipe, state)
     needed = disk_bytes(recipe, state)
     there = next(p for p in (run_path, *run_path.parents) if p.exists())
     free = shutil.disk_usage(there).free
@@ -102,6 +104,18 @@ def preflight(recipe: Recipe, state: ModelState, run_path: Path) -> None:
             where=Where(str(run_path)),
             why="Nothing was started.",
             fix="free some space, or choose another place with --run-dir",
+        )
+
+
+def _check_memory(recipe: Recipe, state: ModelState) -> None:
+    needed, there = memory_bytes(recipe, state), psutil.virtual_memory().total
+    if needed > there:
+        raise ResourceError(
+            f"the run needs about {needed:,} bytes of memory, this machine has {there:,}",
+            code="RE06",
+            where=Where(key="stages"),
+            why="Distillation and evaluation hold whole models in float32; nothing was started.",
+            fix="leave those stages to a larger machine: quantize and prune hold one block",
         )
 
 

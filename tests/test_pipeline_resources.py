@@ -56,6 +56,16 @@ def test_re01_a_disk_that_is_too_small_is_refused_before_any_work(
     assert not (tmp_path / "out.run").exists()
 
 
+def test_re06_a_run_that_needs_more_memory_than_there_is_is_refused_before_any_work(
+    made: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compressor.plan.memory_bytes", lambda *_: 10**15)
+    with pytest.raises(ResourceError, match=r"1,000,000,000,000,000 bytes of memory") as caught:
+        execute(made)
+    assert caught.value.code == "RE06"
+    assert not (tmp_path / "out.run").exists()
+
+
 def test_re04_an_output_below_a_file_is_refused_with_its_path(
     tiny_models: Callable[[str], Path], tmp_path: Path
 ) -> None:
