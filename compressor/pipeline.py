@@ -31,7 +31,6 @@ from compressor.run_dir import (
     RunDir,
     check_output,
     publish,
-    recover_output,
     resource_error,
     sha256_file,
     write_atomic,
@@ -104,7 +103,6 @@ def run(recipe: Recipe, options: RunOptions) -> RunResult:
             is then complete at `<output>.rejected`).
     """
     output = Path(recipe.output).absolute()
-    recover_output(output)
     check_output(output, overwrite=options.overwrite)
     resolved = resolve_model(recipe.model.path, revision=recipe.model.revision)
     checkpoint = open_checkpoint(

@@ -17,8 +17,6 @@ from compressor.recipe.models import DistillConfig, PruneConfig, QuantizeConfig,
 from compressor.recipe.patterns import check_patterns
 from compressor.recipe.presets import ENGINE_BITS, SCHEMES, Preset, candidate_preset
 
-CHANGES_WEIGHTS = ("quantize", "prune", "distill")
-
 
 def check_order(recipe: Recipe) -> None:
     """Refuse nonsensical orders and contradictions, naming both stages and both lines."""

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Final
 
 KEEP: Final = "BF16"
-DENSE_BITS: Final = 16
 SCALE_BITS: Final = 16
 DEFAULT_GROUP_SIZE: Final = 128
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from compressor.modeling.block import Block, load_block
+from compressor.modeling.block import Block, block_tensors, load_block
 from compressor.modeling.state import BlockTensors, ModelState
 from compressor.modeling.walk import Walk
 from compressor.stages.context import StageContext
@@ -105,6 +105,36 @@ class Sweep:
         loss = float(sum(f.get("error", 0.0) for f in facts.values()))
         event = {"unit": self._name(position), "index": position + 1, "loss": loss}
         self.context.run.progress(event | {"total": self.walk.num_blocks})
+
+
+def change_blocks(
+    context: StageContext, change: Callable[[int, Block], dict[str, Any]], *, tag: str = ""
+) -> Rewritten:
+    """One pass over all blocks that needs no activations.
+
+    Args:
+        context: of the stage.
+        change: changes a block in place and returns facts by linear; called for each block that
+            has no unit yet.
+        tag: prefix of unit names.
+    """
+    state = context.state
+    skeleton = state.skeleton()
+    facts: dict[str, Any] = {}
+    for position in range(len(state.blocks)):
+        unit = f"{tag}block-{position:04d}"
+        if not context.run.is_done(unit):
+            source = state.read_block(position, skeleton)
+            block = load_block(skeleton, position, source)
+            found = change(position, block)
+            tensors = block_tensors(block, source)
+            context.run.commit(unit, tensors.tensors, {**tensors.meta(), "facts": found})
+            del source, block, tensors
+        meta = context.run.meta(unit)
+        state = state.with_block(position, context.run.file(unit), meta)
+        facts |= full_names(meta["facts"], skeleton.blocks_name, position)
+        context.run.progress({"unit": unit, "index": position + 1, "total": len(state.blocks)})
+    return Rewritten(state, facts, None)
 
 
 def full_names(facts: dict[str, Any], blocks_name: str, position: int) -> dict[str, Any]:

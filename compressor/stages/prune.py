@@ -36,7 +36,7 @@ from compressor.modeling.block import Block, block_tensors, load_block
 from compressor.modeling.linears import StoredLinear
 from compressor.modeling.state import BlockTensors, ModelState
 from compressor.recipe import PruneConfig, match_names
-from compressor.stages.blockwise import Rewritten, Sweep, full_names
+from compressor.stages.blockwise import Rewritten, Sweep, change_blocks
 from compressor.stages.context import StageContext, StageReport
 from compressor.stages.prune_depth import prune_depth
 from compressor.stages.prune_width import prune_width
@@ -132,22 +132,10 @@ def _from_original(context: StageContext) -> bool:
 def _without_data(
     config: PruneConfig, context: StageContext, by_block: list[list[str]]
 ) -> Rewritten:
-    state = context.state
-    facts: dict[str, Any] = {}
-    skeleton = state.skeleton()
-    for position, names in enumerate(by_block):
-        unit = f"block-{position:04d}"
-        if not context.run.is_done(unit):
-            source = state.read_block(position, skeleton)
-            block = load_block(skeleton, position, source)
-            found = _prune_block_by_magnitude(config, block, names)
-            tensors = block_tensors(block, source)
-            context.run.commit(unit, tensors.tensors, {**tensors.meta(), "facts": found})
-        meta = context.run.meta(unit)
-        state = state.with_block(position, context.run.file(unit), meta)
-        facts |= full_names(meta["facts"], skeleton.blocks_name, position)
-        context.run.progress({"unit": unit, "index": position + 1, "total": len(by_block)})
-    return Rewritten(state, facts, None)
+    return change_blocks(
+        context,
+        lambda position, block: _prune_block_by_magnitude(config, block, by_block[position]),
+    )
 
 
 def _with_data(config: PruneConfig, context: StageContext, by_block: list[list[str]]) -> Rewritten:

@@ -17,7 +17,7 @@ from compressor.errors import RecipeError
 from compressor.modeling.block import Block, block_tensors, load_block
 from compressor.modeling.state import BlockTensors, ModelState
 from compressor.recipe import QuantizeConfig
-from compressor.stages.blockwise import Rewritten, Sweep, full_names
+from compressor.stages.blockwise import Rewritten, Sweep, change_blocks
 from compressor.stages.budget import Allocation, allocate_formats, protect_most_sensitive
 from compressor.stages.context import StageContext, StageReport
 from compressor.stages.selection import fallbacks, select, uniform_formats
@@ -97,7 +97,11 @@ def _materialise(
 ) -> Rewritten:
     by_block = _by_block(formats, context.state)
     if config.method == "rtn" or context.tokens is None:
-        return _materialise_rtn(config, context, by_block, tag)
+        return change_blocks(
+            context,
+            lambda position, block: round_to_nearest(block, by_block[position], config),
+            tag=tag,
+        )
     return _materialise_gptq(config, context, by_block, tag)
 
 
@@ -111,27 +115,6 @@ def _by_block(formats: Formats, state: ModelState) -> list[Formats]:
         }
         for i in range(len(state.blocks))
     ]
-
-
-def _materialise_rtn(
-    config: QuantizeConfig, context: StageContext, by_block: list[Formats], tag: str
-) -> Rewritten:
-    state = context.state
-    facts: dict[str, Any] = {}
-    skeleton = state.skeleton()
-    for position, formats in enumerate(by_block):
-        unit = f"{tag}block-{position:04d}"
-        if not context.run.is_done(unit):
-            source = state.read_block(position, skeleton)
-            block = load_block(skeleton, position, source)
-            found = round_to_nearest(block, formats, config)
-            _commit(context, unit, block_tensors(block, source), found)
-            del source, block
-        meta = context.run.meta(unit)
-        state = state.with_block(position, context.run.file(unit), meta)
-        facts |= full_names(meta["facts"], skeleton.blocks_name, position)
-        context.run.progress({"unit": unit, "index": position + 1, "total": len(by_block)})
-    return Rewritten(state, facts, None)
 
 
 def _materialise_gptq(
@@ -148,7 +131,3 @@ def _materialise_gptq(
         return block_tensors(block, source), facts
 
     return sweep.run(rewrite)
-
-
-def _commit(context: StageContext, unit: str, tensors: BlockTensors, facts: dict[str, Any]) -> None:
-    context.run.commit(unit, tensors.tensors, {**tensors.meta(), "facts": facts})

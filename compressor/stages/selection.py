@@ -18,8 +18,6 @@ from compressor.modeling.skeleton import Skeleton
 from compressor.modeling.state import ModelState
 from compressor.recipe import Preset, QuantizeConfig, candidate_preset, match_names
 
-ALL_LINEARS = "linear"
-
 
 @dataclass(frozen=True, slots=True)
 class Target:
