@@ -24,7 +24,7 @@ from compressor.recipe import (
     parse_size,
     recipe_schema,
 )
-from compressor.recipe.models import Candidate, Scheme
+from compressor.recipe.quantization import Candidate, Scheme
 from compressor.recipe.yaml import parse_scalar
 from compressor.resources import resource_dir
 

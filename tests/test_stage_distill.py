@@ -16,7 +16,7 @@ import torch
 from compressor.algorithms.divergence import kl_tokens
 from compressor.errors import CheckpointError, Interrupted, NumericError, RecipeError
 from compressor.modeling.state import ModelState
-from compressor.recipe.models import DataConfig, DistillConfig, Student
+from compressor.recipe import DataConfig, DistillConfig, Student
 from compressor.stages import training
 from compressor.stages.student import spaced
 from compressor.stages.training import batch_rows, learning_rate
@@ -239,7 +239,7 @@ def test_students_take_evenly_spaced_blocks() -> None:
 _TWO_PROCESSES = """
 import json, sys
 from pathlib import Path
-from compressor.recipe.models import DataConfig, Student
+from compressor.recipe import DataConfig, Student
 from compressor.stages import distill, processes
 from tests.fixtures_stages import Bench
 

@@ -1,31 +1,30 @@
 """Recipes: strict YAML 1.2 with line numbers, typed stages, order rules, overrides, patterns."""
 
 from compressor.recipe.base import Part
+from compressor.recipe.budget import Budget
+from compressor.recipe.data import DataConfig, EvaluationData
+from compressor.recipe.gate import Gate
 from compressor.recipe.models import (
     SCHEMA_VERSION,
     STAGE_CONFIGS,
-    Budget,
     CalibrateConfig,
-    DataConfig,
     DistillConfig,
     EvaluateConfig,
-    EvaluationData,
-    Gate,
     ModelConfig,
     PackConfig,
     PruneConfig,
-    QuantizeConfig,
     Recipe,
     StageConfig,
     Student,
     VerifyConfig,
     Width,
-    parse_size,
 )
 from compressor.recipe.order import check_order, needs_calibration
 from compressor.recipe.parse import dump_recipe, load_recipe, parse_recipe, recipe_schema
 from compressor.recipe.patterns import check_patterns, match_names
 from compressor.recipe.presets import KEEP, SCHEMES, Preset, candidate_preset
+from compressor.recipe.quantization import QuantizeConfig
+from compressor.recipe.types import parse_size
 
 __all__ = [
     "KEEP",

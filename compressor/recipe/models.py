@@ -7,48 +7,17 @@ set are refused. Defaults live here and nowhere else.
 # ruff: noqa: RUF012 (pydantic copies mutable defaults)
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from compressor.recipe.base import Part
-from compressor.recipe.presets import DEFAULT_GROUP_SIZE, SCHEMES, Preset
+from compressor.recipe.data import DataConfig, EvaluationData
+from compressor.recipe.gate import Gate
+from compressor.recipe.quantization import QuantizeConfig
+from compressor.recipe.types import Fraction, KeptFraction, PositiveInt, Size, Text
 
 SCHEMA_VERSION = 1
-
-Scheme = Literal[
-    "W2A16", "W2A16_ASYM", "W3A16", "W3A16_ASYM", "W4A16", "W4A16_ASYM",
-    "W5A16", "W6A16", "W8A16", "W8A16_ASYM",
-]  # fmt: skip
-Candidate = Literal[
-    "W2A16", "W2A16_ASYM", "W3A16", "W3A16_ASYM", "W4A16", "W4A16_ASYM",
-    "W5A16", "W6A16", "W8A16", "W8A16_ASYM", "BF16",
-]  # fmt: skip
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-KeptFraction = Annotated[float, Field(gt=0.0, le=1.0)]
-PositiveInt = Annotated[int, Field(ge=1)]
-Text = Annotated[str, Field(min_length=1)]
-
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB|KiB|MiB|GiB|TiB)")
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as "6GiB" or "500 MB"; raises ValueError for anything else."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None or float(match[1]) == 0:
-        raise ValueError(f"{text!r} is not a size; write a number and a unit, for example 6GiB")
-    return int(float(match[1]) * _UNITS[match[2]])
-
-
-def _checked_size(text: str) -> str:
-    parse_size(text)
-    return text
-
-
-Size = Annotated[str, AfterValidator(_checked_size)]
 
 
 class ModelConfig(Part):
@@ -58,46 +27,6 @@ class ModelConfig(Part):
     revision: str | None = None
     trust_remote_code: bool = False
     allow_missing: list[str] = []
-
-
-class DataConfig(Part):
-    """Where token rows come from; `seed` None means the recipe's seed."""
-
-    source: Text = Field(
-        default="reference",
-        description="`reference`, a .txt/.jsonl/.json/.parquet file, or a name for `datasets`",
-    )
-    split: str | None = None
-    text_column: Text = "text"
-    num_samples: PositiveInt = 128
-    seq_len: Annotated[int, Field(ge=2)] = 256
-    skip_bad_rows: Annotated[int, Field(ge=0)] = 0
-    min_fraction: Fraction = 0.25
-    packing: Literal["rows", "packed"] = "rows"
-    seed: int | None = None
-
-
-class EvaluationData(DataConfig):
-    """Like `DataConfig`, but the embedded text defaults to the rows that calibration never sees."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _held_out(cls, data: Any) -> Any:
-        is_reference = isinstance(data, dict) and data.get("source", "reference") == "reference"
-        return {"split": "evaluation", **data} if is_reference else data
-
-
-class Budget(Part):
-    """How large the packed linears may become: average bits a weight, or bytes of all files."""
-
-    average_bits: Annotated[float, Field(ge=1.0, le=16.0)] | None = None
-    size: Size | None = None
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> Self:
-        if (self.average_bits is None) == (self.size is None):
-            raise ValueError("give exactly one of average_bits and size")
-        return self
 
 
 class Width(Part):
@@ -113,58 +42,11 @@ class Width(Part):
         return self
 
 
-class Gate(Part):
-    """Limits that the artifact must keep; a limit that is left out is not checked."""
-
-    max_kl: Annotated[float, Field(ge=0.0)] | None = None
-    max_kl_p99: Annotated[float, Field(ge=0.0)] | None = None
-    max_perplexity_ratio: Annotated[float, Field(ge=1.0)] | None = None
-    min_top1_agreement: Fraction | None = None
-    max_task_drop: Fraction | None = None
-    min_tokens: PositiveInt | None = None
-
-
 class CalibrateConfig(Part):
     """Fix the token rows on which later stages collect their statistics."""
 
     kind: Literal["calibrate"]
     data: DataConfig = Field(default_factory=DataConfig)
-
-
-class QuantizeConfig(Part):
-    """Store linear layers in few bits: one scheme for all, or a mixture within a budget."""
-
-    kind: Literal["quantize"]
-    scheme: Scheme = "W4A16"
-    bits: Annotated[int, Field(ge=2, le=8)] | None = None
-    group_size: Literal[32, 64, 128, -1] | None = None
-    symmetric: bool | None = None
-    method: Literal["rtn", "gptq"] = "gptq"
-    targets: list[Text] = ["linear"]
-    ignore: list[Text] = ["lm_head"]
-    protect: list[Text] = []
-    protect_auto: Fraction = 0.0
-    asymmetric_target: bool = True
-    true_sequential: bool = True
-    dampening: Annotated[float, Field(gt=0.0, le=1.0)] = 0.01
-    grid: Literal["minmax", "mse"] = "mse"
-    indivisible: Literal["smaller_group", "error"] = Field(
-        default="smaller_group", description="when group_size does not divide a layer's inputs"
-    )
-    scale_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    budget: Budget | None = None
-    candidates: Annotated[list[Candidate], Field(min_length=1)] = [
-        "W2A16", "W3A16", "W4A16", "W8A16", "BF16",
-    ]  # fmt: skip
-    scores: Literal["auto", "output_fisher", "swap_in_kl"] = "auto"
-    engines: list[Literal["transformers", "vllm", "sglang", "ours"]] = ["ours", "transformers"]
-
-    @property
-    def preset(self) -> Preset:
-        """Bits, symmetry and group size after `bits`, `symmetric`, `group_size` had their say."""
-        named = SCHEMES[self.scheme]
-        symmetric = named.symmetric if self.symmetric is None else self.symmetric
-        return Preset(self.bits or named.bits, symmetric, self.group_size or DEFAULT_GROUP_SIZE)
 
 
 class PruneConfig(Part):

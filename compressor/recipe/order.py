@@ -13,9 +13,10 @@ from collections.abc import Callable
 
 from compressor.errors import RecipeError
 from compressor.recipe.base import Part
-from compressor.recipe.models import DistillConfig, PruneConfig, QuantizeConfig, Recipe
+from compressor.recipe.models import DistillConfig, PruneConfig, Recipe
 from compressor.recipe.patterns import check_patterns
 from compressor.recipe.presets import ENGINE_BITS, SCHEMES, Preset, candidate_preset
+from compressor.recipe.quantization import QuantizeConfig
 
 
 def check_order(recipe: Recipe) -> None:

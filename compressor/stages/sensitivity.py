@@ -31,7 +31,7 @@ from compressor.modeling.state import BlockTensors
 from compressor.modeling.walk import Walk
 from compressor.recipe import QuantizeConfig
 from compressor.stages.context import StageContext
-from compressor.stages.solve import make_grid
+from compressor.stages.grids import make_grid
 from compressor.stages.statistics import calibration_rows
 
 Scores = dict[str, dict[str, float]]

@@ -1,0 +1,58 @@
+"""The quantize stage: formats, methods, and what may be spent."""
+
+# ruff: noqa: RUF012 (pydantic copies mutable defaults)
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from compressor.recipe.base import Part
+from compressor.recipe.budget import Budget
+from compressor.recipe.presets import DEFAULT_GROUP_SIZE, SCHEMES, Preset
+from compressor.recipe.types import Fraction, Text
+
+Scheme = Literal[
+    "W2A16", "W2A16_ASYM", "W3A16", "W3A16_ASYM", "W4A16", "W4A16_ASYM",
+    "W5A16", "W6A16", "W8A16", "W8A16_ASYM",
+]  # fmt: skip
+Candidate = Literal[
+    "W2A16", "W2A16_ASYM", "W3A16", "W3A16_ASYM", "W4A16", "W4A16_ASYM",
+    "W5A16", "W6A16", "W8A16", "W8A16_ASYM", "BF16",
+]  # fmt: skip
+
+
+class QuantizeConfig(Part):
+    """Store linear layers in few bits: one scheme for all, or a mixture within a budget."""
+
+    kind: Literal["quantize"]
+    scheme: Scheme = "W4A16"
+    bits: Annotated[int, Field(ge=2, le=8)] | None = None
+    group_size: Literal[32, 64, 128, -1] | None = None
+    symmetric: bool | None = None
+    method: Literal["rtn", "gptq"] = "gptq"
+    targets: list[Text] = ["linear"]
+    ignore: list[Text] = ["lm_head"]
+    protect: list[Text] = []
+    protect_auto: Fraction = 0.0
+    asymmetric_target: bool = True
+    true_sequential: bool = True
+    dampening: Annotated[float, Field(gt=0.0, le=1.0)] = 0.01
+    grid: Literal["minmax", "mse"] = "mse"
+    indivisible: Literal["smaller_group", "error"] = Field(
+        default="smaller_group", description="when group_size does not divide a layer's inputs"
+    )
+    scale_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    budget: Budget | None = None
+    candidates: Annotated[list[Candidate], Field(min_length=1)] = [
+        "W2A16", "W3A16", "W4A16", "W8A16", "BF16",
+    ]  # fmt: skip
+    scores: Literal["auto", "output_fisher", "swap_in_kl"] = "auto"
+    engines: list[Literal["transformers", "vllm", "sglang", "ours"]] = ["ours", "transformers"]
+
+    @property
+    def preset(self) -> Preset:
+        """Bits, symmetry and group size after `bits`, `symmetric`, `group_size` had their say."""
+        named = SCHEMES[self.scheme]
+        symmetric = named.symmetric if self.symmetric is None else self.symmetric
+        return Preset(self.bits or named.bits, symmetric, self.group_size or DEFAULT_GROUP_SIZE)
