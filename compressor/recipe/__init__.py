@@ -22,7 +22,7 @@ from compressor.recipe.models import (
 from compressor.recipe.order import check_order, needs_calibration
 from compressor.recipe.parse import dump_recipe, load_recipe, parse_recipe, recipe_schema
 from compressor.recipe.patterns import check_patterns, match_names
-from compressor.recipe.presets import KEEP, SCHEMES, Preset, candidate_preset
+from compressor.recipe.presets import KEEP, SCHEMES, Preset, candidate_preset, loads
 from compressor.recipe.quantization import QuantizeConfig
 from compressor.recipe.types import parse_size
 
@@ -54,6 +54,7 @@ __all__ = [
     "check_patterns",
     "dump_recipe",
     "load_recipe",
+    "loads",
     "match_names",
     "needs_calibration",
     "parse_recipe",

@@ -15,7 +15,7 @@ from compressor.errors import RecipeError
 from compressor.recipe.base import Part
 from compressor.recipe.models import DistillConfig, PruneConfig, Recipe
 from compressor.recipe.patterns import check_patterns
-from compressor.recipe.presets import ENGINE_BITS, SCHEMES, Preset, candidate_preset
+from compressor.recipe.presets import LOADERS, SCHEMES, Preset, candidate_preset, loads
 from compressor.recipe.quantization import QuantizeConfig
 
 
@@ -169,17 +169,37 @@ def _engines_can_read(recipe: Recipe, index: int) -> None:
 
 
 def _refuse_unreadable(stage: QuantizeConfig, preset: Preset | None, engine: str, key: str) -> None:
-    if preset is None or engine not in ENGINE_BITS:
+    if preset is None or engine not in ("vllm", "sglang") or loads(engine, preset):
         return
-    readable = ENGINE_BITS[engine][0 if preset.symmetric else 1]
-    if preset.bits not in readable:
+    loader, named = LOADERS[engine], f"engine {engine} (line {stage.where('engines').line or '-'})"
+    place = f"({key}, line {stage.where(key).line or '-'})"
+    if preset.is_fixed:
+        label = next(name for name, known in SCHEMES.items() if known == preset)
+        text, fix = f"does not read {label}", f"{engine} reads {', '.join(sorted(loader.fixed))}"
+    elif preset.group_size not in loader.group_sizes:
+        text = f"does not read groups of {preset.group_size}"
+        fix = f"{engine} reads groups of {', '.join(map(str, sorted(loader.group_sizes)))}"
+    else:
         kind = "symmetric" if preset.symmetric else "asymmetric"
-        raise RecipeError(
-            f"engine {engine} (line {stage.where('engines').line or '-'}) does not read {kind} "
-            f"{preset.bits}-bit layers ({key}, line {stage.where(key).line or '-'})",
-            code="RC17", where=stage.where(key),
-            fix=f"{engine} reads {kind} {', '.join(map(str, readable))} bit; change either",
-        )  # fmt: skip
+        widths = loader.symmetric if preset.symmetric else loader.asymmetric
+        text = f"does not read {kind} {preset.bits}-bit layers"
+        fix = f"{engine} reads {kind} {', '.join(map(str, sorted(widths)))} bit"
+    raise RecipeError(
+        f"{named} {text} {place}", code="RC17", where=stage.where(key), fix=f"{fix}; change either"
+    )
+
+
+def _fixed_schemes_are_fixed(recipe: Recipe, index: int) -> None:
+    stage = recipe.stages[index]
+    if not isinstance(stage, QuantizeConfig) or not SCHEMES[stage.scheme].is_fixed:
+        return
+    for key in ("bits", "symmetric", "group_size"):
+        if getattr(stage, key) is not None and not stage.budget:
+            raise RecipeError(
+                f"{stage.scheme} has {key} of its own (scheme, line "
+                f"{stage.where('scheme').line or '-'})",
+                code="RC17", where=stage.where(key), fix=f"remove {key}, or take a W<bits>A16",
+            )  # fmt: skip
 
 
 def _patterns_are_safe(recipe: Recipe, index: int) -> None:
@@ -198,5 +218,6 @@ _CHECKS: tuple[Callable[[Recipe, int], None], ...] = (
     _warmup_within_steps,
     _budget_is_reachable,
     _engines_can_read,
+    _fixed_schemes_are_fixed,
     _patterns_are_safe,
 )

@@ -13,12 +13,16 @@ from compressor.recipe.presets import DEFAULT_GROUP_SIZE, SCHEMES, Preset
 from compressor.recipe.types import Fraction, Text
 
 Scheme = Literal[
-    "W2A16", "W2A16_ASYM", "W3A16", "W3A16_ASYM", "W4A16", "W4A16_ASYM",
-    "W5A16", "W6A16", "W8A16", "W8A16_ASYM",
+    "W2A16", "W3A16", "W4A16", "W5A16", "W6A16", "W7A16", "W8A16",
+    "W2A16_ASYM", "W3A16_ASYM", "W4A16_ASYM", "W5A16_ASYM", "W6A16_ASYM", "W7A16_ASYM",
+    "W8A16_ASYM", "W8A8", "FP8_DYNAMIC", "FP8A16", "FP8_BLOCK", "NVFP4", "NVFP4A16", "MXFP4",
+    "MXFP4A16",
 ]  # fmt: skip
 Candidate = Literal[
-    "W2A16", "W2A16_ASYM", "W3A16", "W3A16_ASYM", "W4A16", "W4A16_ASYM",
-    "W5A16", "W6A16", "W8A16", "W8A16_ASYM", "BF16",
+    "W2A16", "W3A16", "W4A16", "W5A16", "W6A16", "W7A16", "W8A16",
+    "W2A16_ASYM", "W3A16_ASYM", "W4A16_ASYM", "W5A16_ASYM", "W6A16_ASYM", "W7A16_ASYM",
+    "W8A16_ASYM", "W8A8", "FP8_DYNAMIC", "FP8A16", "FP8_BLOCK", "NVFP4", "NVFP4A16", "MXFP4",
+    "MXFP4A16", "BF16",
 ]  # fmt: skip
 
 
@@ -28,7 +32,7 @@ class QuantizeConfig(Part):
     kind: Literal["quantize"]
     scheme: Scheme = "W4A16"
     bits: Annotated[int, Field(ge=2, le=8)] | None = None
-    group_size: Literal[32, 64, 128, -1] | None = None
+    group_size: Literal[16, 32, 64, 128, -1] | None = None
     symmetric: bool | None = None
     method: Literal["rtn", "gptq"] = "gptq"
     targets: list[Text] = ["linear"]
@@ -54,5 +58,7 @@ class QuantizeConfig(Part):
     def preset(self) -> Preset:
         """Bits, symmetry and group size after `bits`, `symmetric`, `group_size` had their say."""
         named = SCHEMES[self.scheme]
+        if named.is_fixed:  # `order` refuses bits, symmetric and group_size beside it
+            return named
         symmetric = named.symmetric if self.symmetric is None else self.symmetric
         return Preset(self.bits or named.bits, symmetric, self.group_size or DEFAULT_GROUP_SIZE)
