@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from compressor.algorithms.finite import require_finite
-from compressor.algorithms.grid import Grid, dequantize, group_width
+from compressor.algorithms.grid import Levels, dequantize, group_width
 
 MAX_RETRIES = 3  # times the dampening is raised tenfold
 EIGENVALUE_FLOOR = 1e-6  # of the largest eigenvalue
@@ -113,7 +113,7 @@ def gptq(
     w: Tensor,
     hessian: Tensor,
     *,
-    grid: Grid,
+    grid: Levels,
     dampening: float = 0.01,
     mask: Tensor | None = None,
     columns_per_block: int = 128,
@@ -234,7 +234,7 @@ class _Columns:
     """
 
     def __init__(
-        self, w: Tensor, order: Tensor, grid: Grid, mask: Tensor | None, *, dtype: torch.dtype
+        self, w: Tensor, order: Tensor, grid: Levels, mask: Tensor | None, *, dtype: torch.dtype
     ) -> None:
         self.width = group_width(w.shape[1], grid.group_size)
         self.position: list[int] = order.tolist()  # original column of each visited one
@@ -242,7 +242,7 @@ class _Columns:
         self.keep = None if mask is None else mask.T[order]
         self.scale = grid.scale.T.to(dtype).contiguous()  # [G, O]
         self.zero = grid.zero_point.T.to(dtype).contiguous()
-        self.top = grid.num_levels - 1
+        self.nearest = grid.nearest
         self.codes = torch.empty(w.shape[1], w.shape[0], dtype=torch.uint8, device=w.device)
         self.num_saturated = torch.zeros((), dtype=torch.int64, device=w.device)
 
@@ -250,10 +250,8 @@ class _Columns:
         """Store the codes of one column [O] and return its error w - w^."""
         original = self.position[row]
         scale, zero = self.scale[original // self.width], self.zero[original // self.width]
-        wanted = torch.round(column / scale) + zero
-        if self.keep is not None:
-            wanted = torch.where(self.keep[row], wanted, zero)
-        code = wanted.clamp(0, self.top)
-        self.num_saturated += (code != wanted).sum()
-        self.codes[original] = code.to(torch.uint8)
-        return column - (code - zero) * scale
+        wanted = column if self.keep is None else torch.where(self.keep[row], column, 0.0)
+        code, level, outside = self.nearest(wanted / scale, zero)
+        self.num_saturated += outside.sum()
+        self.codes[original] = code
+        return column - level * scale

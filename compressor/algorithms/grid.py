@@ -23,6 +23,7 @@ raises the error sum_j h_j (w_j - w^_j)^2.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +33,28 @@ from compressor.errors import RecipeError
 
 NUM_REFINEMENTS = 3  # least-squares steps after the search; the error stops moving after 2 or 3
 ROWS_AT_ONCE_ELEMENTS = 1 << 18  # weights searched together: 1 MiB fits the cache, 4 is 5x slower
+
+
+class Levels(Protocol):
+    """What rounding needs to know of a grid, integers or floats."""
+
+    @property
+    def scale(self) -> Tensor:
+        """[O, G] fp32, what a level is multiplied with."""
+
+    @property
+    def zero_point(self) -> Tensor:
+        """[O, G] int32."""
+
+    @property
+    def group_size(self) -> int:
+        """Columns that share a scale, or -1."""
+
+    def nearest(self, scaled: Tensor, zero: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of w / s: codes uint8, levels (w^ = level * s), and which were clipped."""
+
+    def levels(self, codes: Tensor, zero: Tensor) -> Tensor:
+        """The numbers fp32 that codes stand for, before the scale."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,6 +76,16 @@ class Grid:
     def num_levels(self) -> int:
         """Number of codes, 2^bits."""
         return 1 << self.bits
+
+    def nearest(self, scaled: Tensor, zero: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Levels`; `zero` has the shape of `scaled` or broadcasts."""
+        wanted = torch.round(scaled) + zero
+        code = wanted.clamp(0, self.num_levels - 1)
+        return code.to(torch.uint8), code - zero, code != wanted
+
+    def levels(self, codes: Tensor, zero: Tensor) -> Tensor:
+        """See `Levels`."""
+        return codes.float() - zero
 
     def expand(self, columns: int) -> tuple[Tensor, Tensor]:
         """Scale and zero point of every weight: two [O, columns] tensors (fp32, int32)."""
@@ -121,18 +154,18 @@ def mse_grid(
     return Grid(scale, zero, bits, group_size, symmetric)
 
 
-def quantize(w: Tensor, grid: Grid) -> Tensor:
+def quantize(w: Tensor, grid: Levels) -> Tensor:
     """Round weights to the nearest code of their group: [O, I] float -> [O, I] uint8."""
     groups = _grouped(w, grid.group_size)
-    codes = _codes(groups, grid.scale, grid.zero_point, levels=grid.num_levels)
-    return codes.to(torch.uint8).reshape(w.shape)
+    scaled = groups / grid.scale.unsqueeze(-1)
+    return grid.nearest(scaled, grid.zero_point.unsqueeze(-1))[0].reshape(w.shape)
 
 
-def dequantize(codes: Tensor, grid: Grid) -> Tensor:
-    """The weights that codes stand for, (q - z) * s: [O, I] uint8 -> [O, I] fp32."""
+def dequantize(codes: Tensor, grid: Levels) -> Tensor:
+    """The weights that codes stand for, level * s: [O, I] uint8 -> [O, I] fp32."""
     width = group_width(codes.shape[1], grid.group_size)
-    grouped = codes.reshape(len(codes), -1, width).float()
-    return grouped.sub_(grid.zero_point.unsqueeze(-1)).mul_(grid.scale.unsqueeze(-1)).flatten(1)
+    levels = grid.levels(codes.reshape(len(codes), -1, width), grid.zero_point.unsqueeze(-1))
+    return levels.mul_(grid.scale.unsqueeze(-1)).flatten(1)
 
 
 def _grouped(w: Tensor, group_size: int) -> Tensor:

@@ -143,3 +143,71 @@ def group_sums(x: Tensor, group_size: int) -> Tensor:
     size = columns if group_size == -1 else group_size
     padded = F.pad(x.float(), (0, -columns % size))
     return padded.view(rows, -1, size).sum(-1).t().contiguous()
+
+
+# ------------------------------------------------------------------ floating-point formats
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # code & 7; bit 3 is the sign
+
+
+def float_levels(bits: int) -> Tensor:
+    """The number every code stands for, float32 [2^bits]: e2m1 at 4 bits, e4m3 at 8.
+
+    e4m3 without infinities (OCP FP8): sign, 4 exponent bits of bias 7, 3 mantissa bits; an exponent
+    of 0 is subnormal, S.1111.111 is NaN.
+    """
+    if bits == 4:
+        positive = torch.tensor(E2M1)
+        return torch.cat([positive, -positive])
+    codes = torch.arange(128)
+    exponent, mantissa = codes >> 3, (codes & 7).float() / 8
+    normal = (1 + mantissa) * torch.exp2(exponent.float() - 7)
+    positive = torch.where(exponent == 0, mantissa * 2.0**-6, normal)
+    positive[127] = float("nan")
+    return torch.cat([positive, -positive])
+
+
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """4-bit codes uint8 [O, I] from bytes uint8 [O, I/2]; the low nibble comes first."""
+    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)
+
+
+def pack_nibbles(codes: Tensor) -> Tensor:
+    """The inverse of `unpack_nibbles`; the number of columns is even."""
+    return codes[:, 0::2] | (codes[:, 1::2] << 4)
+
+
+def power_of_two(exponents: Tensor) -> Tensor:
+    """E8M0 scales: uint8 e -> float32 2^(e - 127), exact down to the subnormal 2^-127."""
+    return torch.ldexp(torch.ones(exponents.shape), exponents.to(torch.int32) - 127)
+
+
+def float_scales(tensors: dict[str, Tensor], stored: str) -> Tensor:
+    """What a level is multiplied with, float32, one value for each group or block."""
+    scale = tensors["weight_scale"]
+    if stored == "mxfp4-pack-quantized":
+        return power_of_two(scale)
+    if stored == "nvfp4-pack-quantized":
+        return scale.float() / tensors["weight_global_scale"].float()
+    return scale.float()
+
+
+def dequantize_stored(
+    tensors: dict[str, Tensor], *, stored: str, group_size: int, block: int = 0
+) -> Tensor:
+    """Dense float32 [O, I] of a layer that is not `pack-quantized`.
+
+    stored: "int-quantized" and "float-quantized" keep `weight` (int8, e4m3) and a scale for each
+    row or block; "nvfp4-pack-quantized" and "mxfp4-pack-quantized" keep two e2m1 codes a byte.
+    """
+    scale = float_scales(tensors, stored)
+    if stored == "int-quantized":
+        weight = tensors["weight"].float()
+    elif stored == "float-quantized":
+        weight = float_levels(8)[tensors["weight"].view(torch.uint8).int()]
+    else:
+        weight = float_levels(4)[unpack_nibbles(tensors["weight_packed"]).int()]
+    if block:
+        scale = scale.repeat_interleave(block, dim=0)[: weight.shape[0]]
+        group_size = block
+    return weight * expand_groups(scale, weight.shape[1], group_size)
