@@ -21,6 +21,7 @@ class ActivationStore:
             limit_bytes: largest size kept in memory.
         """
         self.file: Path | None = None
+        self.passed: int | None = None  # the last block these rows went through
         size = 4 * shape[0] * shape[1] * shape[2]
         if size <= limit_bytes:
             self._array = np.zeros(shape, np.float32)
@@ -28,6 +29,11 @@ class ActivationStore:
             file.parent.mkdir(parents=True, exist_ok=True)
             self.file = file
             self._array = np.memmap(file, np.float32, mode="w+", shape=shape)
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return int(self._array.shape[-1])
 
     def read(self, rows: slice) -> Tensor:
         """A copy of some rows [B, T, D]."""

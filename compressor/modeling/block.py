@@ -6,7 +6,7 @@ linears; which linears share an input is observed, not listed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,4 +162,23 @@ def inputs_of(
     return seen
 
 
-__all__ = ["Block", "block_tensors", "input_phases", "inputs_of", "load_block"]
+@torch.no_grad()
+def run_observed(
+    block: Block, names: Sequence[str], hidden: Tensor, kwargs: dict[str, Any]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run the block to its end: output [B, T, D], and the inputs [..., I] of `names`."""
+    seen: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, args: seen.update({name: args[0]})
+
+    handles = [block.linears[n].register_forward_pre_hook(note(n)) for n in names]
+    try:
+        out = block.run(hidden, kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return out, seen
+
+
+__all__ = ["Block", "block_tensors", "input_phases", "inputs_of", "load_block", "run_observed"]

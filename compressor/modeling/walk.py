@@ -15,7 +15,7 @@ Legend: N rows, T tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,14 @@ class WalkOptions:
         workdir: folder for memory-mapped activations.
         tokens_per_batch: tokens in one micro-batch.
         limit_bytes: activations larger than this live in a file.
+        pause_bytes: micro-batches wait inside a block while what they hold is not larger; above
+            it, the block is run again for each of its linears. The result is the same.
     """
 
     workdir: Path
     tokens_per_batch: int = 4096
     limit_bytes: int = 512 << 20
+    pause_bytes: int = 1 << 30
 
 
 class Walk:
@@ -62,6 +65,11 @@ class Walk:
     def num_blocks(self) -> int:
         """Decoder blocks of the model."""
         return self.skeleton.num_blocks
+
+    @property
+    def has_row_masks(self) -> bool:
+        """Whether attention masks differ from row to row."""
+        return self.mask is not None
 
     def block_name(self, position: int) -> str:
         """The module name of a block, e.g. "model.layers.3"."""
@@ -102,15 +110,28 @@ class Walk:
 
     @torch.no_grad()
     def advance(self, stream: ActivationStore, block: Block, position: int) -> None:
-        """Replace the stream's rows by the block's outputs.
+        """Replace the stream's rows by the block's outputs, unless they are that already.
 
         Raises:
             NumericError: a non-finite output (NU01), naming block and row.
         """
-        for rows in self.batches():
-            out = block.run(stream.read(rows), self.kwargs(rows, position))
+        if stream.passed == position:
+            return
+        outputs = (block.run(stream.read(r), self.kwargs(r, position)) for r in self.batches())
+        self.take_outputs(stream, outputs, position)
+
+    def take_outputs(
+        self, stream: ActivationStore, outputs: Iterable[Tensor], position: int
+    ) -> None:
+        """Replace the rows by outputs of block `position`, one for each of `batches()`.
+
+        Raises:
+            NumericError: a non-finite output (NU01), naming block and row.
+        """
+        for rows, out in zip(self.batches(), outputs, strict=True):
             self._check_finite(out, rows, position)
             stream.write(rows, out)
+        stream.passed = position
 
     @torch.no_grad()
     def logits(self, stream: ActivationStore, rows: slice) -> Tensor:

@@ -75,9 +75,10 @@ class Sweep:
             state = state.with_block(position, self.context.run.file(unit), meta)
             self.reference.advance(self.streams.reference, original, position)
             del original
-            stored = load_block(skeleton, position, state.read_block(position, skeleton))
-            self.walk.advance(self.streams.compressed, stored, position)
-            del stored
+            if self.streams.compressed.passed != position:
+                stored = load_block(skeleton, position, state.read_block(position, skeleton))
+                self.walk.advance(self.streams.compressed, stored, position)
+                del stored
             facts |= full_names(meta["facts"], self.walk.skeleton.blocks_name, position)
             self._progress(position, meta["facts"])
         held_out = slice(self.rows.stop, self.walk.tokens.shape[0])

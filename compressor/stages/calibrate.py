@@ -8,6 +8,7 @@ behind the blocks that are compressed already.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from compressor.data import TokenRows, token_rows
 from compressor.errors import CheckpointError, RecipeError, Where
 from compressor.modeling.activations import ActivationStore
-from compressor.modeling.block import Block, input_phases, inputs_of
+from compressor.modeling.block import Block, input_phases, run_observed
 from compressor.modeling.load import load_tokenizer
 from compressor.modeling.skeleton import parse_config
 from compressor.modeling.walk import Walk
@@ -93,19 +94,35 @@ def _check_same(rows: TokenRows, config: CalibrateConfig, context: StageContext)
 def _statistics(
     walk: Walk, stream: ActivationStore, block: Block, position: int
 ) -> dict[str, tuple[Tensor, int]]:
-    """Mean square [I] of each shared input (under its first linear's name) and its token count."""
-    first = next(walk.batches())
-    phases = input_phases(block, stream.read(first), walk.kwargs(first, position))
+    """Mean square [I] of each shared input (under its first linear's name) and its token count.
+
+    The stream moves on to the block's outputs.
+    """
+    one = slice(0, 1)
+    phases = input_phases(block, stream.read(one), walk.kwargs(one, position))
     heads = [group[0] for phase in phases for group in phase]
     sums = {n: torch.zeros(block.linears[n].shape[1], dtype=torch.float64) for n in heads}
     counts = dict.fromkeys(heads, 0)
-    for rows in walk.batches():
-        seen = inputs_of(block, heads, stream.read(rows), walk.kwargs(rows, position))
-        for name, x in seen.items():
-            flat = x.reshape(-1, x.shape[-1]).double()
-            sums[name] += flat.square().sum(0)
-            counts[name] += len(flat)
+
+    def outputs() -> Iterator[Tensor]:
+        for rows in walk.batches():
+            kwargs = walk.kwargs(rows, position)
+            out, seen = run_observed(block, heads, stream.read(rows), kwargs)
+            for name, x in seen.items():
+                real = _real_tokens(walk, rows, x)
+                sums[name] += torch.linalg.vector_norm(real, dim=0, dtype=torch.float64).square()
+                counts[name] += len(real)
+            yield out
+
+    walk.take_outputs(stream, outputs(), position)
     return {n: ((sums[n] / max(counts[n], 1)).float(), counts[n]) for n in heads}
+
+
+def _real_tokens(walk: Walk, rows: slice, x: Tensor) -> Tensor:
+    """Inputs [t, I] without padding."""
+    flat = x.reshape(-1, x.shape[-1])
+    mask = None if walk.mask is None else walk.mask[rows].flatten()
+    return flat if mask is None or len(mask) != len(flat) else flat[mask]
 
 
 def _dead(tensors: dict[str, Tensor]) -> dict[str, int]:

@@ -47,7 +47,7 @@ class BlockSolver:
     """Quantizes the blocks of one walk with GPTQ; knows the streams and the calibration rows."""
 
     def __init__(self, walk: Walk, streams: Streams, config: QuantizeConfig, rows: slice) -> None:
-        collection = Collection(config.asymmetric_target, config.true_sequential)
+        collection = Collection(config.asymmetric_target, config.true_sequential, final=True)
         self.statistics = BlockStatistics(walk, streams, rows, collection)
         self.config = config
 
