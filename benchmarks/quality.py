@@ -1,116 +1,143 @@
-"""Damage for each byte: KL divergence of our artifacts on models that others trained.
+"""Damage for each byte, ours and other tools', in one run on the same tokens.
 
-    python -m benchmarks quality --model DIR --calibration TEXT --evaluation TEXT --rows 128
+    make bench-peers                                            # the other tools, once
+    python -m benchmarks quality                                # everything that is there
+    python -m benchmarks quality --models reference --tools ours-default llmc-gptq --bits 4 3
+    python -m benchmarks quality --only table                   # tables again from the results
+    python -m benchmarks quality --only timing                  # see timing.py
 
-Protocol: symmetric, group 32, all linears of the blocks, head and embeddings untouched; rows of 192
-tokens for calibration and as many for evaluation, each row one document from its BOS. Every
-figure is taken from the saved artifact, loaded again from disk. `mixed-3` may use as many bytes as
-uniform 3 bits. Nothing is tuned on the evaluation text.
+Protocol: all linears of the decoder blocks; head, embeddings and norms stay. 128 rows of 192 tokens
+for calibration, as many held out for judging; see `subjects.py`, `cases.py`, `scoring.py`. What is
+finished is kept in --work and in the results, and is not run again. Nothing is tuned on the
+evaluation text.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import tempfile
-import time
+import logging
 from pathlib import Path
 from typing import Any
 
-from compressor.pipeline import RunOptions, run
-from compressor.recipe import parse_recipe
+from benchmarks import timing
+from benchmarks.cases import BITS, OURS, PEERS, Case, cases
+from benchmarks.jobs import Place, run_case
+from benchmarks.scoring import Judge
+from benchmarks.subjects import NUM_ROWS, SEQ_LEN, Subject, calibration, evaluation, subjects
+from benchmarks.tables import write_tables
+from compressor.errors import CompressError
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "rtn-4": {"bits": 4, "method": "rtn"},
-    "gptq-4": {"bits": 4, "asymmetric_target": False},
-    "ours-4": {"bits": 4},
-    "rtn-3": {"bits": 3, "method": "rtn"},
-    "gptq-3": {"bits": 3, "asymmetric_target": False},
-    "ours-3": {"bits": 3},
-    "ours-2": {"bits": 2},
-    "mixed-3": {
-        "budget": {},
-        "candidates": ["W2A16", "W3A16", "W4A16", "W5A16"],
-        "scores": "swap_in_kl",
-    },
-}
+Rows = list[dict[str, Any]]
+IDENTITY = ("tool", "bits", "group", "symmetric", "seed", "budget")
+log = logging.getLogger("benchmarks.quality")
 
 
 def main(arguments: list[str]) -> None:
-    """Run the variants and write one JSON object with a row for each."""
+    """Run the cases asked for, then write the tables."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    log.setLevel(logging.INFO)
     options = _parse(arguments)
-    rows: list[dict[str, Any]] = []
-    chosen = options.variants or list(VARIANTS)
-    for name in chosen:
-        settings = dict(VARIANTS[name])
-        if "budget" in settings:
-            settings["budget"] = {"size": f"{_uniform_bytes(rows)}B"}
-        rows.append({"variant": name, **_measure(settings, options)})
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        body = {"protocol": _protocol(options), "rows": rows}
-        options.out.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+    known = subjects(options.shared)
+    chosen = {n: known[n] for n in options.models if known[n].model.is_dir()}
+    for name in sorted(set(options.models) - set(chosen)):
+        log.warning("%s is left out: %s is not there", name, known[name].model)
+    place = Place(options.peers.absolute(), options.work.absolute(), options.threads)
+    if options.only == "timing":
+        timing.measure(list(chosen.values()), place, options.out)
+    elif options.only != "table":
+        for subject in chosen.values():
+            _run_subject(subject, place, options)
+    write_tables(options.out)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks quality")
-    parser.add_argument("--model", default="reference")
-    parser.add_argument("--calibration", default="reference")
-    parser.add_argument("--evaluation", default="reference-eval")
-    parser.add_argument("--group", type=int, default=32)
-    parser.add_argument("--rows", type=int, default=96)
-    parser.add_argument("--seq-len", type=int, default=192)
-    parser.add_argument("--variants", nargs="*")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.json"))
+    names = list(subjects(Path()))
+    parser.add_argument("--models", nargs="+", default=names, choices=names)
+    parser.add_argument("--tools", nargs="+", default=[*OURS, *PEERS], choices=[*OURS, *PEERS])
+    parser.add_argument("--bits", nargs="+", type=int, default=list(BITS), choices=BITS)
+    parser.add_argument("--groups", nargs="+", type=int, help="default: all of the model")
+    parser.add_argument("--kinds", nargs="+", default=["sym", "asym", "budget"])
+    parser.add_argument("--seeds", type=int, default=1, choices=(1, 2, 3))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", choices=("timing", "table"))
+    parser.add_argument("--again", action="store_true", help="score finished checkpoints again")
+    parser.add_argument("--shared", type=Path, default=Path("../shared"))
+    parser.add_argument("--peers", type=Path, default=Path("build"))
+    parser.add_argument("--work", type=Path, default=Path("build/quality"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     return parser.parse_args(arguments)
 
 
-def _uniform_bytes(rows: list[dict[str, Any]]) -> int:
-    """Weight bytes of the uniform 3-bit artifact of this run."""
-    size: int = next(r for r in rows if r["variant"] == "ours-3")["weight_bytes"]
-    return size
+def _run_subject(subject: Subject, place: Place, options: argparse.Namespace) -> None:
+    held_out = evaluation(subject, work=place.work)
+    samples = [calibration(subject, s, work=place.work) for s in range(options.seeds)]
+    file = options.out / f"quality-{subject.name}.json"
+    protocol = _protocol(subject, [s.digest for s in samples], held_out.digest)
+    judge: Judge | None = None
+    for case in _wanted(subject, options):
+        if not options.again and _known(_read(file), case):
+            continue
+        line = run_case(case, subject, samples[case.seed], place=place)
+        if "error" not in line:
+            judge = judge or Judge.of(subject.model, held_out.file)
+            line |= _score(judge, place.work / subject.name / case.label, case)
+        row = {**{key: getattr(case, key) for key in IDENTITY}, **line}
+        log.info("%s %s: %s", subject.name, case.label, line.get("error", line.get("kl_mean")))
+        _write(file, protocol, row)
 
 
-def _measure(settings: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        recipe = {
-            "name": "quality",
-            "model": {"path": options.model},
-            "output": f"{folder}/out",
-            "samples": 0,
-            "stages": [
-                {"kind": "calibrate", "data": _data(options.calibration, options)},
-                {"kind": "quantize", "scheme": "W4A16", "group_size": options.group, **settings},
-                {"kind": "pack", "kernels_archs": []},
-                {"kind": "verify"},
-                {"kind": "evaluate", "data": _data(options.evaluation, options)},
-            ],
-        }
-        start = time.monotonic()
-        result = run(parse_recipe(json.dumps(recipe), file="quality"), RunOptions())
-        report = json.loads((result.output / "report.json").read_bytes())
-        comparison = report["comparison"]
-        return {
-            "weight_bytes": result.summary["artifact_bytes"],
-            "kl_mean": comparison["kl_mean"],
-            "kl_mean_ci": comparison["kl_mean_ci"],
-            "kl_p99": comparison["kl_p99"],
-            "perplexity_ratio": comparison["perplexity_ratio"],
-            "top1_agreement": comparison["top1_agreement"],
-            "seconds": round(time.monotonic() - start, 1),
-        }
+def _wanted(subject: Subject, options: argparse.Namespace) -> list[Case]:
+    groups = tuple(g for g in subject.groups if options.groups is None or g in options.groups)
+    found = cases(options.tools, groups=groups, bits=options.bits, seeds=options.seeds)
+    return [c for c in found if _kind(c) in options.kinds]
 
 
-def _data(source: str, options: argparse.Namespace) -> dict[str, Any]:
-    return {"source": source, "num_samples": options.rows, "seq_len": options.seq_len}
+def _kind(case: Case) -> str:
+    if case.budget is not None:
+        return "budget"
+    return "sym" if case.symmetric else "asym"
 
 
-def _protocol(options: argparse.Namespace) -> dict[str, Any]:
+def _score(judge: Judge, folder: Path, case: Case) -> dict[str, Any]:
+    try:
+        return judge.score(folder, case)
+    except (CompressError, ValueError) as error:
+        return {"error": f"not scored: {str(error).splitlines()[0]}"}
+
+
+def _protocol(subject: Subject, samples: list[str], held_out: str) -> dict[str, Any]:
     return {
-        "model": Path(options.model).name,
-        "calibration": Path(options.calibration).name,
-        "evaluation": Path(options.evaluation).name,
-        "rows": options.rows,
-        "seq_len": options.seq_len,
-        "group_size": options.group,
-        "symmetric": True,
+        "model": subject.name,
+        "rows": NUM_ROWS,
+        "seq_len": SEQ_LEN,
+        "packing": subject.packing,
+        "calibration": [subject.calibration.name, *(digest[:16] for digest in samples)],
+        "evaluation": [subject.evaluation.name, held_out[:16]],
+        "linears": "all of the decoder blocks; embeddings, norms and head untouched",
+        "arithmetic": "float32",
     }
+
+
+def _read(file: Path) -> Rows:
+    if not file.is_file():
+        return []
+    rows: Rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    return rows
+
+
+def _known(rows: Rows, case: Case) -> bool:
+    """Whether the case has figures; one that failed is tried again."""
+    same = [r for r in rows if all(r[key] == getattr(case, key) for key in IDENTITY)]
+    return any("error" not in r for r in same)
+
+
+def _write(file: Path, protocol: dict[str, Any], row: dict[str, Any]) -> None:
+    """Put the row in place of an older one of the same case, and keep the order."""
+    others = [r for r in _read(file) if any(r[key] != row[key] for key in IDENTITY)]
+    rows = sorted([*others, row], key=lambda r: [str(r[key]) for key in IDENTITY])
+    lines = ",\n  ".join(json.dumps(r) for r in rows)
+    text = f'{{\n "protocol": {json.dumps(protocol)},\n "rows": [\n  {lines}\n ]\n}}\n'
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")

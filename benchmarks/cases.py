@@ -1,0 +1,83 @@
+"""What is compared: every tool at every width, group size and symmetry, and our budgets.
+
+A case is one compressed checkpoint. `bits` None = our allocation decides within `budget`: average
+bits for each weight of the quantized linears, scales counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+BITS = (4, 3, 2, 8)
+BUDGETS = (2.5, 3.0, 3.5, 4.25)
+
+# Settings of our quantize stage. `default` is what a recipe without any setting gets.
+OURS: dict[str, dict[str, Any]] = {
+    "ours-rtn": {"method": "rtn"},
+    "ours-gptq": {"asymmetric_target": False},
+    "ours-fast": {"effort": "fast"},
+    "ours-default": {},
+    "ours-high": {"effort": "high"},
+    "ours-max": {"effort": "max"},
+}
+OURS_WITH_BUDGET = ("ours-default", "ours-high")
+
+# Which environment of benchmarks/peers/ holds the tool.
+PEERS: dict[str, str] = {
+    "llmc-rtn": "a",
+    "llmc-gptq": "a",
+    "llmc-gptq-mse": "a",
+    "hqq": "b",
+    "torchao-rtn": "b",
+    "torchao-hqq": "b",
+    "gptqmodel": "b",
+    "autoround": "a",
+}
+ASYMMETRIC_ONLY = ("hqq",)
+SYMMETRIC_ONLY = ("torchao-hqq",)
+NEEDS_ACCELERATOR = {"torchao-int4": "Int4WeightOnlyConfig packs with CUDA or XPU libraries only"}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One tool in one setting, calibrated with the rows of one seed."""
+
+    tool: str
+    bits: int | None
+    group: int
+    symmetric: bool
+    seed: int = 0
+    budget: float | None = None
+
+    @property
+    def label(self) -> str:
+        """Name of its folder, for example `llmc-gptq-w4-g32-sym-seed0`."""
+        width = f"w{self.bits}" if self.budget is None else f"avg{self.budget:g}"
+        group = "channel" if self.group == -1 else f"g{self.group}"
+        kind = "sym" if self.symmetric else "asym"
+        return f"{self.tool}-{width}-{group}-{kind}-seed{self.seed}"
+
+
+def cases(tools: list[str], *, groups: tuple[int, ...], bits: list[int], seeds: int) -> list[Case]:
+    """All cases, in the order in which they are run: quick tools first."""
+    order = [*OURS, *PEERS]
+    found = [c for tool in tools for c in _of_tool(tool, groups, bits, seeds)]
+    return sorted(found, key=lambda c: (c.tool == "autoround", c.seed, order.index(c.tool)))
+
+
+def _of_tool(tool: str, groups: tuple[int, ...], bits: list[int], seeds: int) -> Iterator[Case]:
+    for seed in range(seeds if _has_seeds(tool) else 1):
+        for group in groups:
+            for symmetric in (True, False):
+                if tool in (ASYMMETRIC_ONLY if symmetric else SYMMETRIC_ONLY):
+                    continue
+                yield from (Case(tool, b, group, symmetric, seed) for b in bits)
+            if tool in OURS_WITH_BUDGET:
+                yield from (Case(tool, None, group, True, seed, budget) for budget in BUDGETS)
+
+
+def _has_seeds(tool: str) -> bool:
+    """Whether the calibration rows change the result."""
+    return "rtn" not in tool and "hqq" not in tool

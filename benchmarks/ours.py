@@ -1,0 +1,65 @@
+"""Run our pipeline on one case in a process of its own, as `peers.py` does with other tools.
+
+    python -m benchmarks.ours '{"model": DIR, "data": {...}, "out": DIR, "settings": {...}}'
+
+`settings` are keys of the quantize stage, `data` those of the calibrate stage. The last line on
+stdout is JSON: `seconds` of the quantize stage (it reads the blocks from disk, and writes them) and
+`peak_mib` of this process.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers import peak_mib
+from compressor.pipeline import RunOptions, run
+from compressor.recipe import parse_recipe
+
+SCALES = "float16"  # as other tools store them; the default is the checkpoint's dtype
+
+
+def main() -> None:
+    """Run the job given as the only argument; the artifact's files land in `out`."""
+    logging.getLogger("compressor").setLevel(logging.ERROR)
+    job: dict[str, Any] = json.loads(sys.argv[1])
+    out = Path(job["out"])
+    run_dir = out.with_name(out.name + ".run")
+    shutil.rmtree(run_dir, ignore_errors=True)
+    recipe = parse_recipe(json.dumps(recipe_of(job)), file="case")
+    run(recipe, RunOptions(run_dir=run_dir, overwrite=True))
+    line = {"seconds": round(stage_seconds(run_dir, "quantize"), 2), "peak_mib": peak_mib()}
+    shutil.rmtree(run_dir)
+    sys.stdout.write("\n" + json.dumps(line) + "\n")
+
+
+def recipe_of(job: dict[str, Any]) -> dict[str, Any]:
+    """The recipe of a job, as plain data."""
+    return {
+        "name": "case",
+        "model": {"path": job["model"]},
+        "output": job["out"],
+        "samples": 0,
+        "stages": [
+            {"kind": "calibrate", "data": job["data"]},
+            {"kind": "quantize", "scale_dtype": SCALES, **job["settings"]},
+            {"kind": "pack", "kernels_archs": []},
+            {"kind": "verify"},
+        ],
+    }
+
+
+def stage_seconds(run_dir: Path, kind: str) -> float:
+    """How long a stage took, from the run's own log."""
+    lines = (run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    events = [json.loads(line) for line in lines]
+    done = [e for e in events if e.get("event") == "stage finished"]
+    return sum(float(e["s"]) for e in done if e["stage"].endswith(f"-{kind}"))
+
+
+if __name__ == "__main__":
+    main()

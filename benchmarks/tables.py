@@ -1,0 +1,100 @@
+"""The results as one Markdown file: for each model and setting, tools from least to most damage.
+
+Rows of several seeds are one line: the mean, and KL's smallest and largest value. The interval is
+that of the first seed: 95 %, by bootstrap over documents.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+Row = dict[str, Any]
+HEADER = (
+    "| tool | bytes | bits | KL mean [95 %] | seeds | KL p99 | perplexity ratio [95 %] "
+    "| top-1 % | s | MiB |\n|---|---:|---:|---|---|---:|---|---:|---:|---:|\n"
+)
+SETTING = ("bits", "group", "symmetric")
+INTRODUCTION = """# Quality: damage for each byte
+
+Written by `python -m benchmarks quality`; do not edit. KL(original || compressed) in nats for each
+token, on held-out rows; bytes of all weights as they would be stored. Seconds: the tool's own call,
+one process at a time on a shared machine (an upper bound; `--only timing` measures speed).
+"""
+
+
+def write_tables(results: Path) -> None:
+    """Write results/quality.md from results/quality-*.json."""
+    bodies = [json.loads(f.read_text(encoding="utf-8")) for f in sorted(results.glob("quality-*"))]
+    parts = [_of_model(body) for body in bodies if "protocol" in body]
+    text = "\n".join([INTRODUCTION, *parts])
+    (results / "quality.md").write_text(text, encoding="utf-8")
+
+
+def _of_model(body: dict[str, Any]) -> str:
+    protocol, rows = body["protocol"], body["rows"]
+    scored = [r for r in rows if "error" not in r]
+    parts = [
+        f"## {protocol['model']}\n",
+        f"Calibration and evaluation: {protocol['rows']} x {protocol['seq_len']} tokens of "
+        f"{protocol['calibration'][0]} and {protocol['evaluation'][0]}.\n",
+    ]
+    for setting in sorted({_setting(r) for r in scored}, key=lambda s: (str(s[1]), not s[2], s[0])):
+        same = [r for r in scored if _setting(r) == setting]
+        parts.append(f"### {_title(setting)}\n\n{table(same)}")
+    failed = sorted({f"- {_case(r)}: {r['error']}" for r in rows if "error" in r})
+    return "\n".join([*parts, *(["### What did not run\n", *failed, ""] if failed else [])])
+
+
+def _setting(row: Row) -> tuple[float, int, bool]:
+    """(bits, group, symmetric); all budgets of a group size share one table, at bits 99."""
+    return (99 if row["bits"] is None else row["bits"], row["group"], row["symmetric"])
+
+
+def _title(setting: tuple[float, int, bool]) -> str:
+    bits, group, symmetric = setting
+    name = "one scale for each channel" if group == -1 else f"groups of {group}"
+    if bits == 99:
+        return f"Budgets, {name}"
+    return f"{bits} bits, {name}, {'symmetric' if symmetric else 'asymmetric'}"
+
+
+def _case(row: Row) -> str:
+    width = f"{row['bits']} bits" if row["bits"] else f"budget {row['budget']}"
+    kind = "symmetric" if row["symmetric"] else "asymmetric"
+    return f"{row['tool']}, {width}, group {row['group']}, {kind}"
+
+
+def table(rows: list[Row]) -> str:
+    """One line for each tool (and budget), least damage first."""
+    names = sorted({(r["tool"], r["budget"] or 0.0) for r in rows})
+    lines = [[r for r in rows if (r["tool"], r["budget"] or 0.0) == name] for name in names]
+    lines.sort(key=lambda same: (same[0]["budget"] or 0.0, fmean(r["kl_mean"] for r in same)))
+    return HEADER + "".join(_line(same) for same in lines)
+
+
+def _line(same: list[Row]) -> str:
+    first = min(same, key=lambda r: r["seed"])
+    budget = f", {first['budget']:g} bits" if first["budget"] else ""
+    kls = [r["kl_mean"] for r in same]
+    spread = f"{min(kls):.4g} - {max(kls):.4g}" if len(same) > 1 else "1"
+    cells = [
+        first["tool"] + budget,
+        f"{first['bytes']:,}",
+        f"{first['average_bits']:.2f}",
+        f"{fmean(kls):.4g} {_interval(first['kl_mean_ci'])}",
+        spread,
+        f"{fmean(r['kl_p99'] for r in same):.3g}",
+        f"{fmean(r['perplexity_ratio'] for r in same):.4f} "
+        f"{_interval(first['perplexity_ratio_ci'], digits=5)}",
+        f"{100 * fmean(r['top1_agreement'] for r in same):.1f}",
+        f"{fmean(r['seconds'] for r in same):.1f}",
+        f"{max(r['peak_mib'] for r in same):.0f}",
+    ]
+    return "| " + " | ".join(cells) + " |\n"
+
+
+def _interval(bounds: list[float], *, digits: int = 3) -> str:
+    return f"[{bounds[0]:.{digits}g}, {bounds[1]:.{digits}g}]"
