@@ -22,6 +22,9 @@ Equal scores resolve to fewer bytes.
 Exact means exact as long as at most MAX_STATES states are alive, which holds with room to spare for
 the layers of a model. Beyond that (hundreds of unlike sizes with damage proportional to bytes) the
 states nearest in bytes are merged; the result still fits and is never worse than the greedy one.
+
+Further limits (`Choice.others`, say milliseconds): if the optimum within the bytes alone keeps them
+too it is the answer, otherwise `constrained.py` solves the problem with all limits.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from compressor.algorithms import constrained
 from compressor.errors import NumericError, RecipeError
 
 Floats = NDArray[np.float64]
@@ -45,12 +49,13 @@ ROUNDING = 1e-12  # of all scores together: what sums of scores may be off by
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One option of one unit: cost in bytes, score = damage (lower is better)."""
+    """One option of one unit: cost in bytes, score = damage (lower is better), other costs."""
 
     unit: str
     option: str
     cost: int
     score: float
+    others: tuple[float, ...] = ()
 
 
 Units = dict[str, list[Choice]]
@@ -65,11 +70,14 @@ class Allocation:
     score: float
 
 
-def allocate(choices: Sequence[Choice], *, budget_bytes: int) -> dict[str, str]:
+def allocate(
+    choices: Sequence[Choice], *, budget_bytes: int, limits: Sequence[float] = ()
+) -> dict[str, str]:
     """The option of every unit, in order of first appearance, with the least total score.
 
-    Raises RecipeError NU12, naming the smallest feasible budget, if the budget is too small, and
-    NumericError NU01 if a score is not finite.
+    `limits` bound the sums of `Choice.others`, in the same order. Raises RecipeError NU12, naming
+    the smallest feasible budget, if a budget is too small, and NumericError NU01 if a score is not
+    finite.
     """
     units = _by_unit(choices)
     smallest = smallest_cost(choices)
@@ -82,7 +90,41 @@ def allocate(choices: Sequence[Choice], *, budget_bytes: int) -> dict[str, str]:
         )
     useful = {unit: _undominated(options) for unit, options in units.items()}
     chosen = _solve(useful, budget_bytes)
+    if not _keeps(chosen.values(), limits):
+        chosen = _solve_all(units, budget_bytes, limits)
     return {unit: choice.option for unit, choice in chosen.items()}
+
+
+def _keeps(chosen: Iterable[Choice], limits: Sequence[float]) -> bool:
+    """Whether the other costs of some options stay within the limits."""
+    taken = list(chosen)
+    sums = [math.fsum(c.others[k] for c in taken) for k in range(len(limits))]
+    return all(s <= limit for s, limit in zip(sums, limits, strict=True))
+
+
+def _solve_all(units: Units, budget: int, limits: Sequence[float]) -> dict[str, Choice]:
+    """The optimum under all limits; raises RecipeError NU12 if there is none."""
+    rows = [sorted(options, key=lambda c: (c.score, c.cost)) for options in units.values()]
+    problem = constrained.Problem.of(
+        [[c.score for c in row] for row in rows],
+        [np.array([[float(c.cost), *c.others] for c in row]) for row in rows],
+        np.array([float(budget), *limits]),
+    )
+    found = constrained.solve(problem)
+    if found is None:
+        least = [sum(min(c.others[k] for c in row) for row in rows) for k in range(len(limits))]
+        raise RecipeError(
+            "no allocation keeps all limits at once",
+            code="NU12",
+            why=f"the smallest values, each for itself: {smallest_cost(_flat(units))} bytes, "
+            + ", ".join(f"{value:.6g}" for value in least),
+            fix="raise a limit, or allow smaller formats",
+        )
+    return {unit: row[i] for unit, row, i in zip(units, rows, found.tolist(), strict=True)}
+
+
+def _flat(units: Units) -> list[Choice]:
+    return [choice for options in units.values() for choice in options]
 
 
 def smallest_cost(choices: Iterable[Choice]) -> int:
@@ -97,17 +139,24 @@ def evaluate(choices: Iterable[Choice], options: dict[str, str]) -> Allocation:
     return Allocation(options, sum(c.cost for c in taken), math.fsum(c.score for c in taken))
 
 
-def pareto_front(choices: Sequence[Choice], num_points: int) -> list[Allocation]:
+def pareto_front(
+    choices: Sequence[Choice], num_points: int, limits: Sequence[float] = ()
+) -> list[Allocation]:
     """Best allocations over budgets from the smallest to the largest useful one.
 
-    At most ``num_points``, without repetition: costs rise and scores fall strictly.
+    At most ``num_points``, without repetition: costs rise and scores fall strictly. Budgets for
+    which the other limits cannot be kept are passed over.
     """
     low = smallest_cost(choices)
     high = sum(_undominated(options)[-1].cost for options in _by_unit(choices).values())
     budgets = np.linspace(low, high, max(num_points, 1)).astype(np.int64).tolist()
     front: list[Allocation] = []
     for budget in budgets:
-        point = evaluate(choices, allocate(choices, budget_bytes=budget))
+        try:
+            options = allocate(choices, budget_bytes=budget, limits=limits)
+        except RecipeError:
+            continue
+        point = evaluate(choices, options)
         if not front or point.score < front[-1].score:
             front.append(point)
     return front

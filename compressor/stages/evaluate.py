@@ -202,7 +202,7 @@ def _tasks(
 
 
 def _gate(config: GateConfig | None) -> Gate:
-    return Gate() if config is None else Gate(**config.model_dump())
+    return Gate() if config is None else Gate(**config.limits())
 
 
 def _sizes(base: LoadedModel, model: LoadedModel) -> dict[str, int]:
