@@ -18,7 +18,7 @@ The levels are those of the OCP formats: e4m3 reaches 448 with 3 mantissa bits, 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -52,6 +52,10 @@ class FloatGrid:
     def zero_point(self) -> Tensor:
         """Zeros [O, G]: floats have their zero in the middle."""
         return torch.zeros(self.scale.shape, dtype=torch.int32, device=self.scale.device)
+
+    def take(self, rows: slice) -> FloatGrid:
+        """The grid of some rows."""
+        return replace(self, scale=self.scale[rows])
 
     def nearest(self, scaled: Tensor, zero: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of w / s: codes uint8, levels, and which lie more than half a step outside."""

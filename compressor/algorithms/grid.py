@@ -22,7 +22,7 @@ raises the error sum_j h_j (w_j - w^_j)^2.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -76,6 +76,10 @@ class Grid:
     def num_levels(self) -> int:
         """Number of codes, 2^bits."""
         return 1 << self.bits
+
+    def take(self, rows: slice) -> Grid:
+        """The grid of some rows."""
+        return replace(self, scale=self.scale[rows], zero_point=self.zero_point[rows])
 
     def nearest(self, scaled: Tensor, zero: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """See `Levels`; `zero` has the shape of `scaled` or broadcasts."""

@@ -99,7 +99,8 @@ def pack_weight(
         zero_point: int [O, G], unsigned domain; 2^(bits-1) everywhere if symmetric; not looked at
             for floats.
         fmt: how to store.
-        global_scales: the tensors that `fmt.global_scales` names, stored as they are.
+        global_scales: the tensors that `fmt.global_scales` names, stored as they are; that of the
+            inputs may come later.
     """
     if fmt.stored == "pack-quantized":
         return PackedWeight(_pack_integers(codes, scale, zero_point, fmt), fmt)
@@ -111,7 +112,7 @@ def pack_weight(
     else:
         stored = (scale * known["weight_global_scale"]).to(torch.float8_e4m3fn)
     tensors = {"weight_packed": pack_nibbles(codes), "weight_scale": stored.contiguous()}
-    return PackedWeight(tensors | {n: known[n] for n in fmt.global_scales}, fmt)
+    return PackedWeight(tensors | {n: known[n] for n in fmt.global_scales if n in known}, fmt)
 
 
 def _pack_integers(

@@ -253,4 +253,5 @@ def _known(name: str, have: Mapping[str, str]) -> bool:
     packed = leaf in PACKED_SUFFIXES and (
         f"{stem}.weight{PACKED}" in have or f"{stem}.weight_scale" in have
     )
+    packed = packed or leaf in ("k_scale", "v_scale")
     return packed or name.endswith(DERIVED)

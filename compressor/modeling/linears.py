@@ -13,8 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from compressor.algorithms.float_grid import FloatGrid
+from compressor.algorithms.grid import Grid
+from compressor.algorithms.input_rounding import round_inputs
 from compressor.artifact.formats import LayerFormat
-from compressor.artifact.packing import PackedWeight, pack_weight, unpack_weight
+from compressor.artifact.packing import (
+    SUFFIXES,
+    PackedWeight,
+    expand_codes,
+    pack_weight,
+    unpack_weight,
+)
 
 
 class StoredLinear(nn.Module):
@@ -50,7 +59,7 @@ class StoredLinear(nn.Module):
     def dense(self) -> Tensor:
         """The weight fp32 [O, I] this layer computes with."""
         if self.packed is not None and self._codes is not None:
-            return _expand(self._codes, self.packed.format.group_size)
+            return expand_codes(self._codes, self.packed.format)
         weight = self.stored.t() if self.transposed else self.stored
         return weight.float()
 
@@ -72,8 +81,25 @@ class StoredLinear(nn.Module):
         self.stored = self.stored.new_empty(0)
 
     def set_codes(self, codes: Tensor, scale: Tensor, zero: Tensor, fmt: LayerFormat) -> None:
-        """Quantize: pack codes uint8 [O, I] and grid [O, G], then compute with what was packed."""
-        self.set_packed(pack_weight(codes, scale, zero, fmt))
+        """Quantize: pack codes uint8 [O, I] and grid [O, G], then compute with what was packed.
+
+        Global scales that are stored already are kept.
+        """
+        known = {} if self.packed is None else self.packed.global_scales
+        self.set_packed(pack_weight(codes, scale, zero, fmt, global_scales=known))
+
+    def set_rounded(self, codes: Tensor, grid: Grid | FloatGrid, fmt: LayerFormat) -> None:
+        """Quantize: pack codes uint8 [O, I] on a grid of O rows, global scale included."""
+        known = {}
+        if isinstance(grid, FloatGrid) and grid.global_scale is not None:
+            known = {"weight_global_scale": grid.global_scale}
+        packed = pack_weight(codes, grid.scale, grid.zero_point, fmt, global_scales=known)
+        self.set_packed(packed)
+
+    def add_input_scale(self, global_scale: Tensor) -> None:
+        """Store the calibrated global scale of the inputs, fp32 [1] (NVFP4)."""
+        assert self.packed is not None, "only quantized layers round their inputs"
+        self.packed.tensors["input_global_scale"] = global_scale
 
     def codes(self) -> tuple[Tensor, Tensor, Tensor]:
         """Codes uint8 [O, I], scale fp32 [O, G], zero point int32 [O, G]; quantized layers only."""
@@ -82,20 +108,12 @@ class StoredLinear(nn.Module):
         return self._codes
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., I] -> [..., O] in the dtype of x."""
+        """[..., I] -> [..., O] in the dtype of x; inputs are rounded as the format says."""
+        if self.packed is not None and self.packed.format.activations != "none":
+            known = self.packed.tensors.get("input_global_scale")
+            x = round_inputs(x, self.packed.format.activations, known)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.dense().to(x.dtype), bias)
-
-
-def _expand(codes: tuple[Tensor, Tensor, Tensor], group_size: int) -> Tensor:
-    q, scale, zero = codes
-    rows, columns = q.shape
-    width = columns if group_size == -1 else group_size
-    if columns % width:
-        padded = scale.repeat_interleave(width, 1)[:, :columns]
-        return (q.float() - zero.repeat_interleave(width, 1)[:, :columns]) * padded
-    grouped = q.view(rows, -1, width).to(scale.dtype)  # the only copy: the rest is in place
-    return grouped.sub_(zero.unsqueeze(-1)).mul_(scale.unsqueeze(-1)).view(rows, columns)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -118,5 +136,5 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 def packed_from_tensors(tensors: dict[str, Tensor], linear: str, fmt: LayerFormat) -> PackedWeight:
     """Pick one linear's stored tensors out of a block's."""
     prefix = f"{linear}."
-    parts = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(f"{prefix}weight_")}
-    return PackedWeight(parts, fmt)
+    named = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+    return PackedWeight({k: v for k, v in named.items() if k in SUFFIXES}, fmt)

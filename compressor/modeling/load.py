@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from compressor.algorithms.input_rounding import round_inputs
 from compressor.artifact.formats import LayerFormat, ScaleDtype
 from compressor.artifact.packing import SUFFIXES, PackedWeight, dense_weight
 from compressor.artifact.schema import read_formats
@@ -35,6 +36,11 @@ SCALE_NAMES: dict[torch.dtype, ScaleDtype] = {
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
 }
+
+
+def stored_scale(dtype: torch.dtype) -> ScaleDtype:
+    """The name of a scale's dtype; those of one byte follow from the format."""
+    return SCALE_NAMES.get(dtype, "float32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +68,7 @@ class LoadedModel:
     Attributes:
         model: transformers' own class.
         tokenizer: as saved with the checkpoint; None if the folder has none.
-        resident_bytes: bytes of the quantized weights in memory.
+        resident_bytes: bytes of the quantized weights in memory that kernels read packed.
         packed_bytes: bytes of the same weights on disk (codes, scales, zero points).
         weight_bytes: all weight bytes in memory, dense ones included.
         kernels: how many linears each kernel computes, by its name.
@@ -106,7 +112,7 @@ def load_model(
         packed_bytes=reader.packed_bytes,
         weight_bytes=sum(t.nbytes for t in _all_weights(model)),
         kernels=reader.kernels,
-        notes=tuple(checkpoint.notes),
+        notes=(*checkpoint.notes, *reader.notes),
         checkpoint=checkpoint,
     )
 
@@ -170,6 +176,15 @@ class _Reader:
         self.resident_bytes = 0
         self.packed_bytes = 0
         self.kernels: dict[str, int] = {}
+        self.dequantized: dict[str, int] = {}  # linears without a kernel, by format
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know about how the weights are held."""
+        return [
+            f"{count} {label} layers have no kernel here: dequantized once, held as {self.dtype}"
+            for label, count in self.dequantized.items()
+        ]
 
     def fill(self) -> None:
         """Replace every meta parameter by the checkpoint's tensor; quantized linears first."""
@@ -204,8 +219,8 @@ class _Reader:
         names = [n for n, m in self.model.named_modules() if is_linear(m)]
         stored = self.checkpoint.tensors
         disk = {n: self._linear_on_disk(n) for n in names}
-        packed = {n: d for n, d in disk.items() if f"{d}.weight_packed" in stored}
-        scales = {d: SCALE_NAMES[stored[f"{d}.weight_scale"].dtype] for d in packed.values()}
+        packed = {n: d for n, d in disk.items() if f"{d}.weight_scale" in stored}
+        scales = {d: stored_scale(stored[f"{d}.weight_scale"].dtype) for d in packed.values()}
         formats = read_formats(config, scales, file=str(self.checkpoint.path / "config.json"))
         return {n: formats[d] for n, d in packed.items()}
 
@@ -213,7 +228,7 @@ class _Reader:
         for spelling in spellings(f"{name}.weight"):
             for candidate in (spelling, _block_rename(self.model_type, spelling)):
                 stem = candidate.removesuffix(".weight")
-                if f"{stem}.weight_packed" in self.checkpoint.tensors:
+                if f"{stem}.weight_scale" in self.checkpoint.tensors:
                     return stem
         return name
 
@@ -224,18 +239,35 @@ class _Reader:
         packed = PackedWeight(tensors, fmt)
         linear = self.model.get_submodule(name)
         bias = None if getattr(linear, "bias", None) is None else self._read(f"{name}.bias")
-        self.packed_bytes += packed.nbytes - tensors["weight_shape"].nbytes
+        on_disk = packed.nbytes - 16 * ("weight_shape" in tensors)
         if not self.options.packed:
+            self.packed_bytes += on_disk
             dense = dense_weight(packed).to(self.dtype)
             weight = dense.t().contiguous() if isinstance(linear, Conv1D) else dense
             linear.load_state_dict({"weight": weight}, strict=False, assign=True)
+            _round_inputs_of(linear, packed)
             return
         device = torch.device(self.options.device)
         made = PackedLinear(packed, bias, device=device, dtype=self.dtype)
-        self.resident_bytes += made.resident_bytes
+        if made.plan.name == "dense":
+            self.dequantized[fmt.label] = self.dequantized.get(fmt.label, 0) + 1
+        else:
+            self.packed_bytes += on_disk
+            self.resident_bytes += made.resident_bytes
         self.kernels[made.plan.name] = self.kernels.get(made.plan.name, 0) + 1
         parent, _, leaf = name.rpartition(".")
         setattr(self.model.get_submodule(parent), leaf, made)
+
+
+def _round_inputs_of(linear: nn.Module, packed: PackedWeight) -> None:
+    """Let a dense linear see what the format lets it see."""
+    kind, known = packed.format.activations, packed.tensors.get("input_global_scale")
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (round_inputs(args[0], kind, known), *args[1:])
+
+    if kind != "none":
+        linear.register_forward_pre_hook(hook)
 
 
 def _block_rename(model_type: str, name: str) -> str:

@@ -1,10 +1,15 @@
-"""A linear layer that computes with its packed weight: what is in memory is what is on disk."""
+"""A linear layer that computes with its packed weight: what is in memory is what is on disk.
+
+Integers run in kernels. Small floats have none here: they are dequantized once, and the product is
+dense (`plan.name` is "dense", `plan.reason` says so). Inputs are rounded as the format says.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from compressor.algorithms.input_rounding import round_inputs
 from compressor.artifact.packing import PackedWeight
 from compressor_kernels.dispatch import LinearPlan, LinearSpec, plan_for
 
@@ -25,10 +30,18 @@ class PackedLinear(nn.Module):
         """
         super().__init__()
         self.bias: Tensor | None
+        self.input_global_scale: Tensor | None
         self.out_features, self.in_features = packed.shape
         fmt = packed.format
-        spec = LinearSpec(fmt.bits, fmt.group_size, fmt.symmetric, packed.shape, dtype)
+        spec = LinearSpec(
+            fmt.bits, fmt.group_size, fmt.symmetric, packed.shape, dtype, fmt.stored, fmt.block
+        )
         self.plan: LinearPlan = plan_for(device, spec)
+        self.activations = fmt.activations
+        known = packed.tensors.get("input_global_scale")
+        self.register_buffer(
+            "input_global_scale", None if known is None else known.to(device), persistent=False
+        )
         self._names: list[str] = []
         for name, tensor in self.plan.prepare(packed.tensors).items():
             self.register_buffer(f"packed_{name}", tensor, persistent=False)
@@ -51,6 +64,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O] in the dtype of x."""
+        x = round_inputs(x, self.activations, self.input_global_scale)
         return self.plan.apply(x, self._resident(), self.bias)
 
     def extra_repr(self) -> str:

@@ -35,7 +35,7 @@ def add_kernels(
         {
             KernelLayer(shapes[name], fmt.group_size, fmt.symmetric)
             for name, fmt in formats.items()
-            if fmt.bits == KERNEL_BITS
+            if fmt.bits == KERNEL_BITS and fmt.number == "int"
         },
         key=str,
     )

@@ -22,6 +22,7 @@ from torch import Tensor
 import compressor
 from compressor.artifact.formats import LayerFormat
 from compressor.artifact.manifest import Manifest, write_manifest
+from compressor.artifact.packing import SUFFIXES
 from compressor.artifact.schema import quantization_config
 from compressor.artifact.write import DTYPES, Entry, Written, write_tensors
 from compressor.modeling.families import disk_name
@@ -201,8 +202,11 @@ def copy_companions(source: Path, folder: Path) -> list[str]:
 def components(entries: list[Entry]) -> dict[str, int]:
     """Bytes by part of the model, for the report's waterfall."""
     sums: dict[str, int] = {}
+    scaled = {entry.name.removesuffix("_scale") for entry in entries}
     for entry in entries:
-        sums[_component(entry.name)] = sums.get(_component(entry.name), 0) + entry.nbytes
+        is_codes = entry.name in scaled and entry.dtype.itemsize == 1  # int8 and fp8 weights
+        part = "codes" if is_codes else _component(entry.name)
+        sums[part] = sums.get(part, 0) + entry.nbytes
     return sums
 
 
@@ -216,7 +220,7 @@ def _original_components(context: StageContext) -> dict[str, int]:
 def _component(name: str) -> str:
     if name.endswith("weight_packed"):
         return "codes"
-    if name.endswith(("weight_scale", "weight_zero_point", "weight_shape")):
+    if name.endswith((*SUFFIXES[2:], "k_scale", "v_scale")):
         return "scales and zero points"
     if "embed" in name or name.endswith(("wte.weight", "wpe.weight")):
         return "embeddings"

@@ -16,7 +16,7 @@ from compressor.modeling.families import format_unit
 from compressor.modeling.linears import find_linears, linear_shape
 from compressor.modeling.skeleton import Skeleton
 from compressor.modeling.state import ModelState
-from compressor.recipe import Preset, QuantizeConfig, candidate_preset, match_names
+from compressor.recipe import SCHEMES, Preset, QuantizeConfig, candidate_preset, match_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,15 +120,19 @@ def layer_format(
     A group size that does not divide the inputs falls back to the largest one that does (the stage
     reports it), or is refused if the recipe says `indivisible: error`.
     """
-    wanted = LayerFormat(preset.bits, preset.group_size, preset.symmetric, scale_dtype)
+    wanted = LayerFormat.of(preset, scale_dtype)
     if fits(wanted, columns):
         return wanted
-    if config.indivisible == "error":
+    if preset.block and config.indivisible != "error":
+        return LayerFormat.of(SCHEMES["FP8_DYNAMIC"], scale_dtype)
+    if config.indivisible == "error" or preset.is_fixed:
         raise RecipeError(
-            f"group_size {preset.group_size} does not divide {columns} inputs",
+            f"group_size {preset.block or preset.group_size} does not divide {columns} inputs",
             code="CK29",
-            where=config.where("group_size"),
-            fix="choose a smaller group_size, or -1 (one scale for each output channel)",
+            where=config.where("scheme" if preset.is_fixed else "group_size"),
+            fix="protect these layers, or choose a format with one scale for each output channel"
+            if preset.is_fixed
+            else "choose a smaller group_size, or -1 (one scale for each output channel)",
         )
     smaller = [g for g in GROUP_SIZES if 0 < g < preset.group_size and columns % g == 0]
     group = max(smaller, default=-1)
@@ -145,14 +149,15 @@ def scale_dtype(config: QuantizeConfig, model_dtype: str) -> ScaleDtype:
 
 def fallbacks(formats: dict[str, LayerFormat], preset: Preset) -> list[str]:
     """One line for each group size that had to be replaced."""
-    changed: dict[int, int] = {}
+    changed: dict[LayerFormat, int] = {}
     for fmt in formats.values():
-        if fmt.group_size != preset.group_size:
-            changed[fmt.group_size] = changed.get(fmt.group_size, 0) + 1
+        if fmt.preset != preset:
+            changed[fmt] = changed.get(fmt, 0) + 1
+    width = preset.block or preset.group_size
     return [
-        f"group_size {preset.group_size} does not divide the inputs of {count} linears: "
-        + (f"they use {group}" if group > 0 else "they use one scale for each output channel")
-        for group, count in changed.items()
+        f"group_size {width} does not divide the inputs of {count} linears: they use "
+        + (f"{fmt.group_size}" if fmt.group_size > 0 else "one scale for each output channel")
+        for fmt, count in changed.items()
     ]
 
 

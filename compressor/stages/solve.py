@@ -9,17 +9,19 @@ The group's linears are stacked along the outputs: same H, one factorisation, ro
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from compressor.algorithms.float_grid import FloatGrid
 from compressor.algorithms.gptq import gptq
-from compressor.algorithms.grid import quantize
+from compressor.algorithms.grid import Grid, quantize
 from compressor.algorithms.reconstruct import reconstruct
 from compressor.artifact.formats import LayerFormat
 from compressor.modeling.block import Block
+from compressor.modeling.families import format_unit
 from compressor.modeling.linears import StoredLinear
 from compressor.modeling.walk import Walk
 from compressor.recipe import QuantizeConfig
@@ -32,15 +34,24 @@ Formats = dict[str, LayerFormat]
 def round_to_nearest(block: Block, formats: Formats, config: QuantizeConfig) -> dict[str, Any]:
     """Data-free: each weight to the nearest point of its grid."""
     facts = {}
+    shared = _largest_of_units(block, formats)
     for name, fmt in formats.items():
         linear = block.linears[name]
         weight = linear.dense()
-        grid = make_grid(weight, fmt, config.grid)
+        grid = make_grid(weight, fmt, config.grid, largest=shared[name])
         raised = check_scales(grid, fmt, name)
-        codes = quantize(weight, grid)
-        linear.set_codes(codes, grid.scale, grid.zero_point, fmt)
+        linear.set_rounded(quantize(weight, grid), grid, fmt)
         facts[name] = {"bits": fmt.bits, "group_size": fmt.group_size, "method": "rtn"} | raised
     return facts
+
+
+def _largest_of_units(block: Block, formats: Formats) -> dict[str, float | None]:
+    """The absmax over the linears that engines fuse: they share NVFP4's global scale."""
+    found: dict[str, float] = {}
+    units = {name: format_unit(name) for name, fmt in formats.items() if fmt.global_scales}
+    for name, unit in units.items():
+        found[unit] = max(found.get(unit, 0.0), float(block.linears[name].dense().abs().max()))
+    return {name: found[units[name]] if name in units else None for name in formats}
 
 
 class BlockSolver:
@@ -111,14 +122,14 @@ class Rounding:
 
 def round_stack(linears: list[StoredLinear], job: Rounding) -> dict[str, Any]:
     """Round linears stacked along their outputs; each then computes with its codes. Gives facts."""
-    fmt = job.format
-    grid = make_grid(job.target if job.mask is None else job.target * job.mask, fmt, job.grid)
+    fmt, heights = job.format, [linear.shape[0] for linear in linears]
+    grid = _stack_grid(job, heights)
     raised = check_scales(grid, fmt, job.name)
     result = gptq(job.target, job.hessian, grid=grid, dampening=job.dampening, mask=job.mask)
     start = 0
     for linear in linears:
         rows = slice(start, start + linear.shape[0])
-        linear.set_codes(result.codes[rows], grid.scale[rows], grid.zero_point[rows], fmt)
+        linear.set_rounded(result.codes[rows], grid.take(rows), fmt)
         start = rows.stop
     return {
         "bits": fmt.bits,
@@ -130,3 +141,12 @@ def round_stack(linears: list[StoredLinear], job: Rounding) -> dict[str, Any]:
         "dampening": result.factor.dampening_used,
         "factor": result.factor.reason,
     } | raised
+
+
+def _stack_grid(job: Rounding, heights: list[int]) -> Grid | FloatGrid:
+    """The grid of stacked linears; square blocks begin anew with each of them."""
+    weight = job.target if job.mask is None else job.target * job.mask
+    if not job.format.block:
+        return make_grid(weight, job.format, job.grid)
+    parts = [make_grid(part, job.format, job.grid) for part in torch.split(weight, heights)]
+    return replace(parts[0], scale=torch.cat([part.scale for part in parts]))

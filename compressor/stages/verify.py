@@ -19,9 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.artifact.formats import SCALE_DTYPES, LayerFormat
+from compressor.artifact.formats import LayerFormat
 from compressor.artifact.manifest import Manifest, read_manifest
-from compressor.artifact.packing import PackedWeight, pack_weight, unpack_weight
+from compressor.artifact.packing import (
+    SUFFIXES,
+    PackedWeight,
+    dense_weight,
+    pack_weight,
+    unpack_weight,
+)
 from compressor.artifact.schema import read_formats
 from compressor.errors import VerificationError, Where
 from compressor.modeling.checkpoint import Checkpoint, open_checkpoint
@@ -32,6 +38,7 @@ from compressor.modeling.integrity import (
     open_artifact,
     raw_bytes,
 )
+from compressor.modeling.load import stored_scale
 from compressor.recipe import VerifyConfig
 from compressor.stages.context import StageContext, StageReport
 from compressor.stages.kernels import kernels_match
@@ -39,6 +46,7 @@ from compressor.stages.pack import gather
 from compressor.stages.verify_logits import check_logits
 
 DEFAULT_TOKENS = 64
+SCALE = ".weight_scale"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +110,10 @@ def verify_artifact(path: Path, *, tokens: int = DEFAULT_TOKENS) -> VerifyReport
 
 def _formats(checkpoint: Checkpoint, manifest: Manifest) -> dict[str, LayerFormat]:
     """Formats by the manifest, which must be those that the configuration tells every loader."""
-    names = {dtype: name for name, dtype in SCALE_DTYPES.items()}
-    packed = [n.removesuffix("_packed") for n in checkpoint.tensors if n.endswith(".weight_packed")]
-    scales: dict[str, Any] = {
-        n.removesuffix(".weight"): names[checkpoint.tensors[f"{n}_scale"].dtype] for n in packed
+    scales = {
+        name.removesuffix(SCALE): stored_scale(info.dtype)
+        for name, info in checkpoint.tensors.items()
+        if name.endswith(SCALE)
     }
     config = checkpoint.config.get("quantization_config")
     file = str(checkpoint.path / "config.json")
@@ -119,25 +127,34 @@ def _formats(checkpoint: Checkpoint, manifest: Manifest) -> dict[str, LayerForma
 
 def read_packed(checkpoint: Checkpoint, name: str, fmt: LayerFormat) -> PackedWeight:
     """The stored tensors of one quantized linear."""
-    suffixes = ["weight_packed", "weight_scale", "weight_shape"]
-    suffixes += [] if fmt.symmetric else ["weight_zero_point"]
-    return PackedWeight({s: checkpoint.read(f"{name}.{s}") for s in suffixes}, fmt)
+    known = [s for s in SUFFIXES if f"{name}.{s}" in checkpoint.tensors]
+    return PackedWeight({s: checkpoint.read(f"{name}.{s}") for s in known}, fmt)
 
 
 def _check_packing(checkpoint: Checkpoint, name: str, fmt: LayerFormat) -> None:
     packed = read_packed(checkpoint, name, fmt)
-    scale = packed.tensors["weight_scale"]
-    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-        where = Where(str(checkpoint.path), tensor=f"{name}.weight_scale")
-        raise VerificationError("a scale is not a positive number", code="NU06", where=where)
-    codes, scales, zero = unpack_weight(packed)
-    again = pack_weight(codes, scales, zero, fmt)
+    scales = {"weight_scale": packed.tensors["weight_scale"]} | packed.global_scales
+    if fmt.scale_dtype != "e8m0":
+        _check_positive(checkpoint, name, scales)
+    missing = [s for s in fmt.global_scales if s not in packed.tensors]
+    if missing:
+        where = Where(str(checkpoint.path), tensor=f"{name}.{missing[0]}")
+        raise VerificationError("a global scale is missing", code="CK21", where=where)
+    codes, scale, zero = unpack_weight(packed)
+    again = pack_weight(codes, scale, zero, fmt, global_scales=packed.global_scales)
     for suffix, tensor in again.tensors.items():
-        if not torch.equal(tensor, packed.tensors[suffix]):
+        if not torch.equal(raw_bytes(tensor), raw_bytes(packed.tensors[suffix])):
             where = Where(str(checkpoint.path), tensor=f"{name}.{suffix}")
             raise VerificationError(
                 "packing what was unpacked gives other bits", code="NU07", where=where
             )
+
+
+def _check_positive(checkpoint: Checkpoint, name: str, scales: dict[str, Tensor]) -> None:
+    for suffix, scale in scales.items():
+        if not bool((torch.isfinite(scale.float()) & (scale.float() > 0)).all()):
+            where = Where(str(checkpoint.path), tensor=f"{name}.{suffix}")
+            raise VerificationError("a scale is not a positive number", code="NU06", where=where)
 
 
 def _check_masks(
@@ -146,9 +163,8 @@ def _check_masks(
     """A linear that was pruned still has zeros (the prune stage's report says how many)."""
     for name in manifest.masked:
         if name in formats:
-            codes, _, zero = unpack_weight(read_packed(checkpoint, name, formats[name]))
-            width = codes.shape[1] // zero.shape[1]
-            zeros = int((codes == zero.repeat_interleave(width, 1)).sum())
+            packed = read_packed(checkpoint, name, formats[name])
+            zeros = int((dense_weight(packed) == 0).sum())
         else:
             zeros = int((checkpoint.read(f"{name}.weight") == 0).sum())
         if not zeros:

@@ -22,7 +22,13 @@ from compressor_kernels import cpu
 from compressor_kernels.layout import GROUP_SIZES, PlanarWeight, from_planar, to_planar
 from compressor_kernels.planes import to_planes
 from compressor_kernels.reference import dequant_gemm as reference_gemm
-from compressor_kernels.reference import dequantize, dequantize_checkpoint, read_checkpoint
+from compressor_kernels.reference import (
+    dequantize,
+    dequantize_checkpoint,
+    dequantize_stored,
+    pack_codes,
+    read_checkpoint,
+)
 
 Tensors = dict[str, Tensor]
 
@@ -32,7 +38,8 @@ class LinearSpec:
     """Format of one linear: w [O, I] at `bits`, one scale per `group_size` columns (-1: per row).
 
     `dtype` is the dtype of the activations the layer will mostly see; apply() takes any. None means
-    float32 on the CPU and a 16-bit type elsewhere.
+    float32 on the CPU and a 16-bit type elsewhere. `stored` is the checkpoint's way of storing, by
+    compressed-tensors' name, `block` the edge of square blocks with one scale (0: none).
     """
 
     bits: int
@@ -40,6 +47,8 @@ class LinearSpec:
     symmetric: bool
     shape: tuple[int, int]
     dtype: torch.dtype | None = None
+    stored: str = "pack-quantized"
+    block: int = 0
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -72,7 +81,10 @@ class LinearPlan:
 
         Raises ValueError when their shapes, or the presence of zero points, differ from the spec.
         """
-        check_tensors(self.spec, tensors)
+        if self.spec.stored == "int-quantized":
+            tensors = _as_packed(tensors)
+        if self.name != "dense":
+            check_tensors(self.spec, tensors)
         made = WAYS[self.name].prepare(self.spec, tensors)
         return {name: tensor.to(self.device) for name, tensor in made.items()}
 
@@ -128,6 +140,8 @@ def plan_for(device: torch.device | str, spec: LinearSpec) -> LinearPlan:
 
 def choose(device: torch.device, spec: LinearSpec) -> tuple[str, str]:
     """(name in `WAYS`, why)."""
+    if spec.stored not in ("pack-quantized", "int-quantized"):
+        return "dense", f"no kernel for {spec.stored}: dequantized once, a dense product"
     if device.type != "cpu":
         return _choose_gpu(device, spec)
     capability = torch.backends.cpu.get_cpu_capability()
@@ -217,11 +231,31 @@ def _apply_reference(spec: LinearSpec, x: Tensor, resident: Tensors) -> Tensor:
     return reference_gemm(x, dequantize_checkpoint(resident, spec.bits, spec.group_size))
 
 
+def _as_packed(tensors: Tensors) -> Tensors:
+    """int8 weights as `pack-quantized` ones, which are the same numbers."""
+    codes = tensors["weight"].view(torch.uint8) + 128
+    shape = torch.tensor(codes.shape, dtype=torch.int64)
+    packed = {"weight_packed": pack_codes(codes, 8), "weight_shape": shape}
+    return packed | {"weight_scale": tensors["weight_scale"]}
+
+
+def _prepare_dense(spec: LinearSpec, tensors: Tensors) -> Tensors:
+    weight = dequantize_stored(
+        tensors, stored=spec.stored, group_size=spec.group_size, block=spec.block
+    )
+    return {"dense": weight.to(spec.dtype or torch.float32)}
+
+
+def _apply_dense(spec: LinearSpec, x: Tensor, resident: Tensors) -> Tensor:
+    return torch.nn.functional.linear(x, resident["dense"].to(x.dtype))
+
+
 WAYS: dict[str, Way] = {
     "triton": Way(_prepare_triton, _apply_triton),
     "planes": Way(_prepare_planes, _apply_planes),
     "cpu-bytes": Way(_prepare_bytes, _apply_planes),
     "cpu-int4": Way(_prepare_int4, _apply_int4),
     "cpu-int8": Way(_prepare_int8, _apply_int8),
+    "dense": Way(_prepare_dense, _apply_dense),
     "reference": Way(_prepare_reference, _apply_reference),
 }
