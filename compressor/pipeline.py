@@ -35,7 +35,16 @@ from compressor.run_dir import (
     sha256_file,
     write_atomic,
 )
-from compressor.stages import calibrate, distill, evaluate, pack, prune, quantize, verify
+from compressor.stages import (
+    calibrate,
+    distill,
+    evaluate,
+    pack,
+    prune,
+    quantize,
+    transform,
+    verify,
+)
 from compressor.stages.context import StageContext, StageReport
 
 REPORT = "report.html"
@@ -47,6 +56,7 @@ Apply = Callable[[Any, StageContext], StageReport]
 
 STAGES: dict[str, Apply] = {
     "calibrate": calibrate.apply,
+    "transform": transform.apply,
     "quantize": quantize.apply,
     "prune": prune.apply,
     "distill": distill.apply,

@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from compressor.errors import RecipeError, ResourceError, Where
 from compressor.modeling.checkpoint import open_checkpoint
 from compressor.modeling.hub import resolve_model
-from compressor.modeling.skeleton import Skeleton
+from compressor.modeling.skeleton import Skeleton, tied_names
 from compressor.modeling.state import ModelState
 from compressor.recipe import (
     CalibrateConfig,
@@ -31,6 +31,7 @@ from compressor.recipe import (
     PruneConfig,
     QuantizeConfig,
     Recipe,
+    TransformConfig,
     parse_size,
 )
 from compressor.stages.budget import legal_candidates
@@ -44,7 +45,7 @@ from compressor.stages.selection import (
 )
 
 BASE_MEMORY = 600 << 20  # interpreter, torch and transformers
-RESHAPING = (PruneConfig, DistillConfig)  # stages after which names and shapes may differ
+REWRITING = (PruneConfig, DistillConfig, TransformConfig)  # stages that store all blocks anew
 DENSE_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 
 
@@ -93,6 +94,7 @@ def preflight(recipe: Recipe, state: ModelState, run_path: Path) -> None:
         ResourceError: not enough disk (RE01) or memory (RE06).
     """
     _patterns(recipe, state)
+    _check_untied(recipe, state)
     _check_memory(recipe, state)
     needed = disk_bytes(recipe, state)
     there = next(p for p in (run_path, *run_path.parents) if p.exists())
@@ -181,6 +183,7 @@ def weight_bytes(recipe: Recipe, state: ModelState) -> tuple[int, bool]:
     total = sum(info.nbytes for info in state.checkpoint.tensors.values())
     exact = True
     skeleton = state.skeleton()
+    total += _untied_bytes(recipe, state)
     for stage in recipe.stages:
         if isinstance(stage, QuantizeConfig):
             selection = select(stage, skeleton)
@@ -201,11 +204,33 @@ def weight_bytes(recipe: Recipe, state: ModelState) -> tuple[int, bool]:
     return total, exact
 
 
+def _untied_bytes(recipe: Recipe, state: ModelState) -> int:
+    """Bytes by which a rotation lets a tied head part from the embedding."""
+    model = state.skeleton().model
+    rotates = any(isinstance(s, TransformConfig) and s.method == "rotate" for s in recipe.stages)
+    if not rotates or not tied_names(model):
+        return 0
+    embedding: int = model.get_input_embeddings().weight.numel()
+    return embedding * DENSE_BYTES.get(stored_dtype(state), 2)
+
+
+def _check_untied(recipe: Recipe, state: ModelState) -> None:
+    extra = _untied_bytes(recipe, state)
+    for stage in recipe.stages if extra else ():
+        if isinstance(stage, QuantizeConfig) and stage.budget and stage.budget.size is not None:
+            raise RecipeError(
+                f"a budget in bytes does not count the {extra:,} bytes of the head that the "
+                "rotation parts from the embedding",
+                code="RC17", where=stage.where("budget.size"),
+                fix="give average_bits, or scale with method: awq instead of rotating",
+            )  # fmt: skip
+
+
 def disk_bytes(recipe: Recipe, state: ModelState) -> int:
     """Peak disk: a copy of the blocks for each stage that changes weights, and the artifact."""
     size, _ = weight_bytes(recipe, state)
     original = sum(info.nbytes for info in state.checkpoint.tensors.values())
-    changing = sum(isinstance(s, RESHAPING) for s in recipe.stages)
+    changing = sum(isinstance(s, REWRITING) for s in recipe.stages)
     quantizing = sum(
         2 if s.budget is not None else 1 for s in recipe.stages if isinstance(s, QuantizeConfig)
     )
@@ -216,7 +241,8 @@ def disk_bytes(recipe: Recipe, state: ModelState) -> int:
 def memory_bytes(recipe: Recipe, state: ModelState) -> int:
     """Peak memory: one block in its stored form twice, statistics, a micro-batch, the outer part.
 
-    Distillation and evaluation hold whole models: both count as float32.
+    A transform holds the block in float32 besides. Distillation and evaluation hold whole models:
+    both count as float32.
     """
     skeleton = state.skeleton()
     blocks = _block_weights(skeleton)
@@ -225,13 +251,18 @@ def memory_bytes(recipe: Recipe, state: ModelState) -> int:
     largest = max((t.shape[0] * t.shape[1] for t in block_linears(skeleton)), default=0)
     total = sum(info.nbytes for info in state.checkpoint.tensors.values()) // stored
     outer = total - sum(blocks)
-    walk = max(blocks) * (stored + 2) + 6 * 4 * widest**2 + 3 * 4 * largest + 4 * outer
+    copies = 2 * stored + 4 if _transforms(recipe) else stored + 2
+    walk = max(blocks) * copies + 6 * 4 * widest**2 + 3 * 4 * largest + 4 * outer
     whole = 8 * total if _holds_whole_models(recipe) else 0
     return BASE_MEMORY + max(walk, whole)
 
 
 def _holds_whole_models(recipe: Recipe) -> bool:
     return any(isinstance(s, (DistillConfig, EvaluateConfig)) for s in recipe.stages)
+
+
+def _transforms(recipe: Recipe) -> bool:
+    return any(isinstance(s, TransformConfig) for s in recipe.stages)
 
 
 def _block_weights(skeleton: Skeleton) -> list[int]:
@@ -256,6 +287,10 @@ def seconds(recipe: Recipe, state: ModelState) -> float:
         elif isinstance(stage, QuantizeConfig) and stage.method == "gptq":
             passes = 2 if stage.budget is not None else 1
             work += passes * (solve + tokens * (12 * weights + hessians))
+        elif isinstance(stage, TransformConfig):
+            tries = 2 * stage.grid_points if stage.method == "awq" else 2
+            search = sum(min(rows, 512) * cols**2 for rows, cols in widths)
+            work += tries * 2 * search + tokens * (6 * weights + hessians)
         elif isinstance(stage, PruneConfig):
             work += solve + tokens * (12 * weights + hessians)
         elif isinstance(stage, DistillConfig):

@@ -19,13 +19,14 @@ from compressor.modeling.state import ModelState
 from compressor.modeling.whole import WholeModel
 from compressor.recipe.models import STAGE_CONFIGS
 from compressor.run_dir import RunDir, StageRun
-from compressor.stages import distill, prune, quantize
+from compressor.stages import distill, prune, quantize, transform
 from compressor.stages.context import StageContext, StageReport
 
 _APPLY: dict[str, Callable[[Any, StageContext], StageReport]] = {
     "prune": prune.apply,
     "quantize": quantize.apply,
     "distill": distill.apply,
+    "transform": transform.apply,
 }
 
 

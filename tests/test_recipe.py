@@ -195,7 +195,7 @@ def test_a_recipe_cannot_be_changed() -> None:
 
 def test_the_schema_names_every_stage() -> None:
     mapping = recipe_schema()["properties"]["stages"]["items"]["discriminator"]["mapping"]
-    assert len(mapping) == 7
+    assert len(mapping) == 8
 
 
 def test_several_problems_are_told_at_once() -> None:

@@ -24,6 +24,7 @@ from compressor.recipe.parse import dump_recipe, load_recipe, parse_recipe, reci
 from compressor.recipe.patterns import check_patterns, match_names
 from compressor.recipe.presets import KEEP, SCHEMES, Preset, candidate_preset, loads
 from compressor.recipe.quantization import QuantizeConfig
+from compressor.recipe.transforms import TransformConfig
 from compressor.recipe.types import parse_size
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "Recipe",
     "StageConfig",
     "Student",
+    "TransformConfig",
     "VerifyConfig",
     "Width",
     "candidate_preset",

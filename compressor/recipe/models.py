@@ -15,6 +15,7 @@ from compressor.recipe.base import Part
 from compressor.recipe.data import DataConfig, EvaluationData
 from compressor.recipe.gate import Gate
 from compressor.recipe.quantization import QuantizeConfig
+from compressor.recipe.transforms import TransformConfig
 from compressor.recipe.types import Fraction, KeptFraction, PositiveInt, Size, Text
 
 SCHEMA_VERSION = 1
@@ -143,6 +144,7 @@ class EvaluateConfig(Part):
 
 StageConfig = (
     CalibrateConfig
+    | TransformConfig
     | QuantizeConfig
     | PruneConfig
     | DistillConfig
@@ -153,6 +155,7 @@ StageConfig = (
 
 STAGE_CONFIGS: dict[str, type[Part]] = {
     "calibrate": CalibrateConfig,
+    "transform": TransformConfig,
     "quantize": QuantizeConfig,
     "prune": PruneConfig,
     "distill": DistillConfig,

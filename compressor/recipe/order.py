@@ -17,6 +17,7 @@ from compressor.recipe.models import DistillConfig, PruneConfig, Recipe
 from compressor.recipe.patterns import check_patterns
 from compressor.recipe.presets import LOADERS, SCHEMES, Preset, candidate_preset, loads
 from compressor.recipe.quantization import QuantizeConfig
+from compressor.recipe.transforms import TransformConfig
 
 
 def check_order(recipe: Recipe) -> None:
@@ -40,6 +41,8 @@ def needs_calibration(stage: Part) -> str:
         if stage.budget is not None:
             return "a budget is spent by measured sensitivity"
         return "protect_auto ranks layers by sensitivity" if stage.protect_auto else ""
+    if isinstance(stage, TransformConfig):
+        return f"{stage.method} scales by activations" if stage.method != "rotate" else ""
     if isinstance(stage, PruneConfig):
         if stage.width is not None or stage.depth is not None:
             return "channels and blocks are ranked by activations"
@@ -111,7 +114,7 @@ def _student_comes_first(recipe: Recipe, index: int) -> None:
     if not (isinstance(stage, DistillConfig) and stage.student is not None):
         return
     for earlier, other in enumerate(recipe.stages[:index]):
-        if other.kind in ("quantize", "prune"):
+        if other.kind in ("quantize", "prune", "transform"):
             raise _conflict(
                 recipe, earlier, index,
                 "{later} starts a new student, which throws away what {earlier} made",
@@ -208,6 +211,68 @@ def _patterns_are_safe(recipe: Recipe, index: int) -> None:
         check_patterns(getattr(stage, key, []), where=stage.where(key))
 
 
+def _transforms_dense_weights(recipe: Recipe, index: int) -> None:
+    stage = recipe.stages[index]
+    if not isinstance(stage, TransformConfig):
+        return
+    for earlier, other in enumerate(recipe.stages[:index]):
+        if other.kind == "quantize":
+            raise _conflict(
+                recipe, earlier, index,
+                "{later} comes after {earlier}: what is rounded can be neither scaled nor rotated",
+                "move transform before quantize",
+            )  # fmt: skip
+        if stage.method == "rotate":
+            _rotates_whole_weights(recipe, earlier, index)
+
+
+def _rotates_whole_weights(recipe: Recipe, earlier: int, index: int) -> None:
+    other = recipe.stages[earlier]
+    if isinstance(other, PruneConfig) and (other.sparsity or other.pattern):
+        raise _conflict(
+            recipe, earlier, index,
+            "{later} would mix the zeros of {earlier} with other weights",
+            "rotate before prune, or scale with method: awq, which keeps zeros",
+        )  # fmt: skip
+    if isinstance(other, TransformConfig) and other.method != "rotate":
+        raise _conflict(
+            recipe, earlier, index,
+            "{later} would undo {earlier}: scales fit the channels they were searched on",
+            "rotate first, then scale",
+        )  # fmt: skip
+
+
+def _hidden_states_comparable(recipe: Recipe, index: int) -> None:
+    stage = recipe.stages[index]
+    if not (isinstance(stage, DistillConfig) and stage.hidden_weight):
+        return
+    for earlier, other in enumerate(recipe.stages[:index]):
+        if isinstance(other, TransformConfig) and other.method == "rotate":
+            raise _conflict(
+                recipe, earlier, index,
+                "{later} compares hidden states, which {earlier} has rotated",
+                "use hidden_weight: 0, or distill before the rotation",
+            )  # fmt: skip
+
+
+def _scales_searched_for_the_grid(recipe: Recipe, index: int) -> None:
+    stage = recipe.stages[index]
+    if not (isinstance(stage, TransformConfig) and stage.method == "awq"):
+        return
+    following = [s for s in recipe.stages[index:] if isinstance(s, QuantizeConfig)]
+    if not following or following[0].budget is not None or following[0].preset.number == "float":
+        return  # several grids, or one that awq can only approximate
+    for key in ("bits", "group_size", "symmetric"):
+        mine, theirs = getattr(stage, key), getattr(following[0].preset, key)
+        if mine != theirs:
+            raise RecipeError(
+                f"awq searches scales for {key} {mine} (line {stage.where(key).line or '-'}), but "
+                f"quantize (line {following[0].where().line or '-'}) uses {theirs}",
+                code="RC17", where=stage.where(key),
+                fix=f"set {key}: {str(theirs).lower()} in the transform stage",
+            )  # fmt: skip
+
+
 _CHECKS: tuple[Callable[[Recipe, int], None], ...] = (
     _nothing_changes_after_pack,
     _looks_only_at_packed,
@@ -220,4 +285,7 @@ _CHECKS: tuple[Callable[[Recipe, int], None], ...] = (
     _engines_can_read,
     _fixed_schemes_are_fixed,
     _patterns_are_safe,
+    _transforms_dense_weights,
+    _hidden_states_comparable,
+    _scales_searched_for_the_grid,
 )
