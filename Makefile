@@ -3,9 +3,10 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 WORKERS ?= 2
+PEERS ?= build
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test check format bench reference-model clean
+.PHONY: install demo test check format bench bench-peers reference-model clean
 
 install: $(VENV)/.installed
 
@@ -31,11 +32,20 @@ format: install
 	$(BIN)/ruff check --fix .
 
 bench: install
-	$(BIN)/python -m benchmarks quality
+	$(BIN)/python -m benchmarks quality --peers $(PEERS)
 	$(BIN)/python -m benchmarks order
 	$(BIN)/python -m benchmarks kill --kills 20 --pattern 2:4
 	$(BIN)/python -m benchmarks memory
 	$(BIN)/python kernels/bench/bench_dequant_gemm.py --cpu --out build/cpu.json
+
+bench-peers: $(PEERS)/peers-a/.installed $(PEERS)/peers-b/.installed
+
+# Two environments, since the tools disagree on transformers; torch goes first, gptqmodel builds on it.
+$(PEERS)/peers-%/.installed: benchmarks/peers/%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check $$(grep '^torch==' $<)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check -r $<
+	touch $@
 
 reference-model: install
 	OMP_NUM_THREADS=2 $(BIN)/python -m reference.train --out compressor/reference_model --minutes 66

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -37,15 +38,34 @@ class Place:
 
 
 def run_case(case: Case, subject: Subject, tokens: Tokens, *, place: Place) -> dict[str, Any]:
-    """The case's line: `seconds` and `peak_mib`, or `error`. A finished case is not run again."""
+    """The case's line: `seconds`, `peak_mib` and `threads`, or `error`.
+
+    A finished case is not run again; one that failed is.
+    """
     folder = place.work / subject.name / case.label
     record = folder.with_name(folder.name + ".json")
     if record.is_file():
         found: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
         return found
     line = _start(command(case, subject, tokens, place=place, out=folder), folder, place)
-    record.write_text(json.dumps(line | {"threads": place.threads}) + "\n", encoding="utf-8")
+    if "error" not in line:
+        line["threads"] = place.threads
+        record.write_text(json.dumps(line) + "\n", encoding="utf-8")
     return line
+
+
+def is_done(case: Case, subject: Subject, place: Place) -> bool:
+    """Whether the checkpoint of a case is there."""
+    return (place.work / subject.name / f"{case.label}.json").is_file()
+
+
+def forget(case: Case, subject: Subject, *, place: Place) -> None:
+    """Remove all that a case left."""
+    folder = place.work / subject.name
+    for suffix in (".json", ".log"):
+        (folder / f"{case.label}{suffix}").unlink(missing_ok=True)
+    for name in (case.label, f"{case.label}.run"):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def command(

@@ -13,6 +13,7 @@ saving left out) and `peak_mib`, the largest resident size of this process.
 group -1 = one scale for each output channel. tokens: int64 [N, T].
 """
 
+# mypy: disable-error-code="import-not-found"
 from __future__ import annotations
 
 import json

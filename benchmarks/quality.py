@@ -8,8 +8,8 @@
 
 Protocol: all linears of the decoder blocks; head, embeddings and norms stay. 128 rows of 192 tokens
 for calibration, as many held out for judging; see `subjects.py`, `cases.py`, `scoring.py`. What is
-finished is kept in --work and in the results, and is not run again. Nothing is tuned on the
-evaluation text.
+finished is kept in --work and in the results, and is not run again unless --fresh asks for it.
+Nothing is tuned on the evaluation text.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks import timing
 from benchmarks.cases import BITS, OURS, PEERS, Case, cases
-from benchmarks.jobs import Place, run_case
+from benchmarks.jobs import Place, forget, is_done, run_case
 from benchmarks.scoring import Judge
 from benchmarks.subjects import NUM_ROWS, SEQ_LEN, Subject, calibration, evaluation, subjects
 from benchmarks.tables import write_tables
@@ -63,6 +63,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", choices=("timing", "table"))
     parser.add_argument("--again", action="store_true", help="score finished checkpoints again")
+    parser.add_argument("--fresh", action="store_true", help="compress finished cases again")
     parser.add_argument("--shared", type=Path, default=Path("../shared"))
     parser.add_argument("--peers", type=Path, default=Path("build"))
     parser.add_argument("--work", type=Path, default=Path("build/quality"))
@@ -77,7 +78,9 @@ def _run_subject(subject: Subject, place: Place, options: argparse.Namespace) ->
     protocol = _protocol(subject, [s.digest for s in samples], held_out.digest)
     judge: Judge | None = None
     for case in _wanted(subject, options):
-        if not options.again and _known(_read(file), case):
+        if options.fresh:
+            forget(case, subject, place=place)
+        elif not options.again and _known(_read(file), case) and is_done(case, subject, place):
             continue
         line = run_case(case, subject, samples[case.seed], place=place)
         if "error" not in line:

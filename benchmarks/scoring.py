@@ -84,9 +84,9 @@ def formats_of(original: Checkpoint, folder: Path, case: Case) -> dict[str, Laye
     names = quantized_linears(original)
     config = open_checkpoint(folder).config.get("quantization_config")
     if config is None:
-        assert case.bits is not None, "only our artifacts are mixtures"
-        same = LayerFormat(case.bits, case.group, case.symmetric, "float16")
-        return dict.fromkeys(names, same)
+        if case.bits is None:  # a budget large enough to leave all as it was
+            return dict.fromkeys(names)
+        return dict.fromkeys(names, LayerFormat(case.bits, case.group, case.symmetric, "float16"))
     stored = open_checkpoint(folder).tensors
     packed = [n for n in names if f"{n}.weight" not in stored]
     found = read_formats(config, dict.fromkeys(packed, "float16"), file="config.json")

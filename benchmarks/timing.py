@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from benchmarks.cases import Case
-from benchmarks.jobs import Place, run_case
+from benchmarks.jobs import Place, forget, run_case
 from benchmarks.subjects import Subject, calibration
 
 PAIRS = (("ours-default", "llmc-gptq"), ("ours-high", "autoround"))
@@ -46,17 +45,9 @@ def _pair(pair: tuple[str, str], subject: Subject, place: Place) -> dict[str, An
         for tool in pair:
             case = Case(tool, BITS, subject.groups[0], symmetric=True)
             line = run_case(case, subject, tokens, place=scratch)
-            _forget(scratch.work / subject.name, case)
+            forget(case, subject, place=scratch)
             if "error" in line:
                 return {"pair": list(pair), "error": f"{tool}: {line['error']}"}
             seconds[tool].append(line["seconds"])
     ours, theirs = (median(seconds[tool]) for tool in pair)
     return {"pair": list(pair), "seconds": seconds, "ratio": round(theirs / max(ours, 1e-9), 2)}
-
-
-def _forget(folder: Path, case: Case) -> None:
-    """Remove what a run made, so that the next one starts from nothing."""
-    for suffix in (".json", ".log"):
-        (folder / f"{case.label}{suffix}").unlink(missing_ok=True)
-    for name in (case.label, f"{case.label}.run"):
-        shutil.rmtree(folder / name, ignore_errors=True)
