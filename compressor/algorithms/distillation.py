@@ -112,15 +112,19 @@ def scaled_dequantize(
     group_size: int,
     *,
     scale_dtype: torch.dtype = torch.bfloat16,
+    sign: Tensor | None = None,
 ) -> Tensor:
     """(q - z) * scale in fp32 [O, I], differentiable in log_scale [O, G].
 
-    codes: uint8 [O, I]; zero_point: int [O, G]; group_size: columns per group or -1. Equal, bit for
-    bit, to ``dequantize`` with the scale ``exported_scale(log_scale)``.
+    codes: uint8 [O, I]; zero_point: int [O, G]; group_size: columns per group or -1; sign: +-1
+    [O, G] of scales that may be negative. Equal, bit for bit, to ``dequantize`` with the scale
+    ``exported_scale(log_scale) * sign``.
     """
     smooth = log_scale.exp()
     # straight-through: exactly + 0 in value, the gradient of exp in the backward pass
     scale = exported_scale(log_scale, scale_dtype=scale_dtype) + (smooth - smooth.detach())
+    if sign is not None:
+        scale = scale * sign
     width = codes.shape[1] if group_size == -1 else group_size
     centred = codes.reshape(len(codes), -1, width).float() - zero_point.unsqueeze(-1).float()
     return (centred * scale.unsqueeze(-1)).flatten(1)

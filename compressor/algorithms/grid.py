@@ -2,8 +2,11 @@
 
     w  ~  s * (q - z),      q = clamp(round(w / s) + z, 0, 2^bits - 1)
 
-``s`` is one positive number and ``z`` one integer for every group of neighbouring columns of a row.
-A symmetric grid fixes z = 2^(bits-1), so its signed range is the full [-2^(b-1), 2^(b-1) - 1].
+``s`` is one number and ``z`` one integer for every group of neighbouring columns of a row.
+A symmetric grid fixes z = 2^(bits-1), so its signed range is the full [-2^(b-1), 2^(b-1) - 1]. That
+range has one more level on the negative side; a negative s turns it over, so the search lets the
+largest weight of a group have the extra level ("full-range symmetric"). It costs nothing in the
+file, and most of what a zero point would buy at 2 and 3 bits.
 
 Three rules keep the numbers exact from here to the packed file:
 
@@ -61,7 +64,8 @@ class Levels(Protocol):
 class Grid:
     """Scales and zero points of one weight matrix.
 
-    scale: [O, G] fp32, each value representable in the stored dtype, positive and normal.
+    scale: [O, G] fp32, each value representable in the stored dtype, normal; negative only in
+        symmetric grids.
     zero_point: [O, G] int32 in the unsigned code range; 2^(bits-1) everywhere if symmetric.
     group_size: columns that share a scale, or -1 for one group per row.
     """
@@ -186,10 +190,17 @@ def _codes(groups: Tensor, scale: Tensor, zero: Tensor, *, levels: int) -> Tenso
 
 
 def _stored(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
-    """Round a scale to its stored dtype and keep it a positive normal number; all-zero -> 1."""
+    """Round a scale to its stored dtype and keep it normal, with its sign; all-zero -> 1."""
     info = torch.finfo(scale_dtype)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return scale.clamp(info.tiny, info.max).to(scale_dtype).float()
+    size = scale.abs().clamp(info.tiny, info.max)
+    return torch.copysign(size, scale).to(scale_dtype).float()
+
+
+def _signed_absmax(groups: Tensor) -> Tensor:
+    """absmax [O, G] with the sign that gives the largest weight the extra, negative level."""
+    low, high = groups.amin(dim=-1), groups.amax(dim=-1)
+    return torch.where(-low >= high, -low, -high)
 
 
 def _minmax(
@@ -234,7 +245,7 @@ class _Search:
         shrinks = torch.linspace(1.0, lowest, self.num_shrink).tolist()
         if self.symmetric:
             half = 1 << (self.bits - 1)
-            widest = groups.abs().amax(dim=-1) / (half - 1)
+            widest = _signed_absmax(groups) / (half - 1)
             zero = torch.full_like(widest, half)
             return [(_stored(widest * shrink, self.scale_dtype), zero) for shrink in shrinks]
         top = (1 << self.bits) - 1
@@ -276,7 +287,7 @@ class _Best:
         weighted = centred if self.weight is None else centred * self.weight
         square = (weighted * centred).sum(dim=-1)
         scale = (weighted * self.groups).sum(dim=-1) / square
-        return torch.where((square > 0) & (scale > 0), scale, self.scale)
+        return torch.where((square > 0) & (scale * self.scale > 0), scale, self.scale)
 
     def _centred(self, scale: Tensor, zero: Tensor) -> Tensor:
         codes = _codes(self.groups, scale, zero, levels=self.levels)

@@ -5,7 +5,7 @@ the states between them are at hand and the head can be asked for a few tokens a
 number is a parameter, frozen until somebody asks for its gradient:
 
     dense linear       weight fp32 [O, I]; a mask keeps pruned weights at zero
-    quantized linear   log(scale) [O, G]; codes and zero points are buffers and never change
+    quantized linear   log|scale| [O, G]; codes, zero points and signs never change
 
 Legend: B rows, T tokens, D width, V vocabulary, O out, I in, G groups.
 """
@@ -52,6 +52,7 @@ class ScaledLinear(nn.Module):
 
     codes: Tensor
     zero_point: Tensor
+    sign: Tensor
 
     def __init__(self, linear: StoredLinear) -> None:
         super().__init__()
@@ -60,7 +61,8 @@ class ScaledLinear(nn.Module):
         codes, scale, zero = linear.codes()
         self.register_buffer("codes", codes)
         self.register_buffer("zero_point", zero)
-        self.log_scale = nn.Parameter(scale.log(), requires_grad=False)
+        self.register_buffer("sign", torch.where(scale < 0, -1.0, 1.0))
+        self.log_scale = nn.Parameter(scale.abs().log(), requires_grad=False)
         self.bias = _bias(linear)
         self.group_size, self.scale_dtype = fmt.group_size, SCALE_DTYPES[fmt.scale_dtype]
 
@@ -72,6 +74,7 @@ class ScaledLinear(nn.Module):
             self.log_scale,
             self.group_size,
             scale_dtype=self.scale_dtype,
+            sign=self.sign,
         )
         return F.linear(x, weight, self.bias)
 
@@ -98,6 +101,7 @@ class Slot:
     dtype: torch.dtype
     keep: Tensor | None = None
     transposed: bool = False
+    sign: Tensor | None = None
 
     @property
     def key(self) -> str:
@@ -109,6 +113,7 @@ class Slot:
         value = self.parameter.detach()
         if self.kind == "scale":
             value = exported_scale(value, scale_dtype=self.dtype)
+            value = value if self.sign is None else value * self.sign
         if self.transposed:
             value = value.t()
         return value.to(self.dtype, copy=True).contiguous().cpu()
@@ -189,7 +194,8 @@ def _slot(
     parameter = owner.get_parameter(leaf)
     if leaf == "log_scale":
         disk = f"{prefix}.weight_scale"
-        return Slot(position, disk, "scale", parameter, stored[disk].dtype)
+        sign = owner.get_buffer("sign")
+        return Slot(position, disk, "scale", parameter, stored[disk].dtype, sign=sign)
     dtype = stored[name].dtype
     if isinstance(owner, DenseLinear) and leaf == "weight":
         return Slot(position, name, "weight", parameter, dtype, owner.keep, transposed)

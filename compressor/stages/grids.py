@@ -48,7 +48,7 @@ def check_scales(grid: Grid | FloatGrid, fmt: LayerFormat, name: str) -> dict[st
     if fmt.scale_dtype not in SCALE_DTYPES:  # under a global scale, or any power of two: they fit
         return {}
     limits = torch.finfo(SCALE_DTYPES[fmt.scale_dtype])
-    if bool((grid.scale >= limits.max).any()):
+    if bool((grid.scale.abs() >= limits.max).any()):
         raise NumericError(
             f"a scale does not fit into {fmt.scale_dtype}: the weights are too large",
             code="NU05",
@@ -56,5 +56,5 @@ def check_scales(grid: Grid | FloatGrid, fmt: LayerFormat, name: str) -> dict[st
             why="Units finished before this one are kept.",
             fix="set scale_dtype to bfloat16 or float32",
         )
-    raised = int((grid.scale <= limits.tiny).sum())
+    raised = int((grid.scale.abs() <= limits.tiny).sum())
     return {"num_scales_raised": raised} if raised else {}
