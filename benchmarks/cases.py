@@ -60,22 +60,33 @@ class Case:
         return f"{self.tool}-{width}-{group}-{kind}-seed{self.seed}"
 
 
-def cases(tools: list[str], *, groups: tuple[int, ...], bits: list[int], seeds: int) -> list[Case]:
-    """All cases, in the order in which they are run: quick tools first."""
+def uniform_cases(
+    tools: list[str], *, groups: tuple[int, ...], bits: list[int], seeds: int
+) -> list[Case]:
+    """Every tool at one width for all linears, in the order of running: the slow one last."""
     order = [*OURS, *PEERS]
     found = [c for tool in tools for c in _of_tool(tool, groups, bits, seeds)]
     return sorted(found, key=lambda c: (c.tool == "autoround", c.seed, order.index(c.tool)))
+
+
+def budget_cases(tools: list[str], *, groups: tuple[int, ...], seeds: int) -> list[Case]:
+    """Our mixtures within each budget."""
+    chosen = [tool for tool in tools if tool in OURS_WITH_BUDGET]
+    return [
+        Case(tool, None, group, True, seed, budget)
+        for seed in range(seeds)
+        for tool in chosen
+        for group in groups
+        for budget in BUDGETS
+    ]
 
 
 def _of_tool(tool: str, groups: tuple[int, ...], bits: list[int], seeds: int) -> Iterator[Case]:
     for seed in range(seeds if _has_seeds(tool) else 1):
         for group in groups:
             for symmetric in (True, False):
-                if tool in (ASYMMETRIC_ONLY if symmetric else SYMMETRIC_ONLY):
-                    continue
-                yield from (Case(tool, b, group, symmetric, seed) for b in bits)
-            if tool in OURS_WITH_BUDGET:
-                yield from (Case(tool, None, group, True, seed, budget) for budget in BUDGETS)
+                if tool not in (ASYMMETRIC_ONLY if symmetric else SYMMETRIC_ONLY):
+                    yield from (Case(tool, b, group, symmetric, seed) for b in bits)
 
 
 def _has_seeds(tool: str) -> bool:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import timing
-from benchmarks.cases import BITS, OURS, PEERS, Case, cases
+from benchmarks.cases import BITS, OURS, PEERS, Case, budget_cases, uniform_cases
 from benchmarks.jobs import Place, forget, is_done, run_case
 from benchmarks.scoring import Judge
 from benchmarks.subjects import NUM_ROWS, SEQ_LEN, Subject, calibration, evaluation, subjects
@@ -29,6 +29,7 @@ from benchmarks.tables import write_tables
 from compressor.errors import CompressError
 
 Rows = list[dict[str, Any]]
+KINDS = ("sym", "asym", "budget")
 IDENTITY = ("tool", "bits", "group", "symmetric", "seed", "budget")
 log = logging.getLogger("benchmarks.quality")
 
@@ -58,7 +59,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--tools", nargs="+", default=[*OURS, *PEERS], choices=[*OURS, *PEERS])
     parser.add_argument("--bits", nargs="+", type=int, default=list(BITS), choices=BITS)
     parser.add_argument("--groups", nargs="+", type=int, help="default: all of the model")
-    parser.add_argument("--kinds", nargs="+", default=["sym", "asym", "budget"])
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--seeds", type=int, default=1, choices=(1, 2, 3))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", choices=("timing", "table"))
@@ -92,15 +93,13 @@ def _run_subject(subject: Subject, place: Place, options: argparse.Namespace) ->
 
 
 def _wanted(subject: Subject, options: argparse.Namespace) -> list[Case]:
-    groups = tuple(g for g in subject.groups if options.groups is None or g in options.groups)
-    found = cases(options.tools, groups=groups, bits=options.bits, seeds=options.seeds)
-    return [c for c in found if _kind(c) in options.kinds]
-
-
-def _kind(case: Case) -> str:
-    if case.budget is not None:
-        return "budget"
-    return "sym" if case.symmetric else "asym"
+    tools, seeds = options.tools, options.seeds
+    found: list[Case] = []
+    if "budget" in options.kinds:
+        found += budget_cases(tools, groups=subject.budget_groups, seeds=seeds)
+    uniform = uniform_cases(tools, groups=subject.groups, bits=options.bits, seeds=seeds)
+    found += [c for c in uniform if ("sym" if c.symmetric else "asym") in options.kinds]
+    return [c for c in found if options.groups is None or c.group in options.groups]
 
 
 def _score(judge: Judge, folder: Path, case: Case) -> dict[str, Any]:

@@ -30,6 +30,8 @@ class Subject:
 
     Attributes:
         groups: the group sizes compared; -1 = one scale for each output channel.
+        budget_groups: group sizes of our mixtures; linears that 128 does not divide take a smaller
+            group there, which no other tool does.
         packing: how documents become rows, see `compressor.data`.
     """
 
@@ -38,6 +40,7 @@ class Subject:
     calibration: Path
     evaluation: Path
     groups: tuple[int, ...]
+    budget_groups: tuple[int, ...]
     packing: str = "rows"
 
 
@@ -50,9 +53,9 @@ def subjects(shared: Path) -> dict[str, Subject]:
     return {
         s.name: s
         for s in (
-            Subject("babyllama-tok361", models / "babyllama-tok361", *texts, (32,)),
-            Subject("stories260k", models / "stories260k", *texts, (-1,)),
-            Subject("reference", base_path(), *own, (32, 128), "packed"),
+            Subject("babyllama-tok361", models / "babyllama-tok361", *texts, (32,), (32, 128)),
+            Subject("stories260k", models / "stories260k", *texts, (-1,), (-1,)),
+            Subject("reference", base_path(), *own, (32, 128), (32, 128), "packed"),
         )
     }
 

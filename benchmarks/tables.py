@@ -44,6 +44,7 @@ def _of_model(body: dict[str, Any]) -> str:
     for setting in sorted({_setting(r) for r in scored}, key=lambda s: (str(s[1]), not s[2], s[0])):
         same = [r for r in scored if _setting(r) == setting]
         parts.append(f"### {_title(setting)}\n\n{table(same)}")
+    parts.append(f"### Nothing smaller is closer\n\n{front_table(scored)}")
     failed = sorted({f"- {_case(r)}: {r['error']}" for r in rows if "error" in r})
     return "\n".join([*parts, *(["### What did not run\n", *failed, ""] if failed else [])])
 
@@ -65,6 +66,25 @@ def _case(row: Row) -> str:
     width = f"{row['bits']} bits" if row["bits"] else f"budget {row['budget']}"
     kind = "symmetric" if row["symmetric"] else "asymmetric"
     return f"{row['tool']}, {width}, group {row['group']}, {kind}"
+
+
+def front(rows: list[Row]) -> list[Row]:
+    """Rows of the first seed such that no smaller checkpoint has less KL."""
+    kept: list[Row] = []
+    first = [r for r in rows if r["seed"] == 0]
+    for row in sorted(first, key=lambda r: (r["bytes"], r["kl_mean"])):
+        if not kept or row["kl_mean"] < kept[-1]["kl_mean"]:
+            kept.append(row)
+    return kept
+
+
+def front_table(rows: list[Row]) -> str:
+    """The rows of `front` from the smallest to the closest."""
+    head = "| bytes | bits | tool | KL mean |\n|---:|---:|---|---:|\n"
+    return head + "".join(
+        f"| {r['bytes']:,} | {r['average_bits']:.2f} | {_case(r)} | {r['kl_mean']:.4g} |\n"
+        for r in front(rows)
+    )
 
 
 def table(rows: list[Row]) -> str:

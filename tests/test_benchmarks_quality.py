@@ -17,7 +17,9 @@ HAS_EFFORT = "effort" in QuantizeConfig.model_fields
 
 
 def all_cases() -> list[Case]:
-    return cases.cases([*cases.OURS, *cases.PEERS], groups=(32, -1), bits=[4, 2], seeds=3)
+    tools, groups = [*cases.OURS, *cases.PEERS], (32, -1)
+    uniform = cases.uniform_cases(tools, groups=groups, bits=[4, 2], seeds=3)
+    return uniform + cases.budget_cases(tools, groups=groups, seeds=3)
 
 
 def row(tool: str, kl: float, **changes: object) -> dict[str, object]:
@@ -172,7 +174,7 @@ def test_one_of_our_cases_runs_in_its_own_process(tiny_models, tmp_path):
     text = tmp_path / "text.jsonl"
     lines = [json.dumps({"text": "the quick brown fox " * 20 + str(i)}) for i in range(6)]
     text.write_text("\n".join(lines))
-    subject = subjects.Subject("tiny", tiny_models("llama"), text, text, (32,))
+    subject = subjects.Subject("tiny", tiny_models("llama"), text, text, (32,), (32,))
     data = {"source": str(text), "num_samples": 4, "seq_len": 16}
     place, case = jobs.Place(tmp_path, tmp_path), Case("ours-rtn", 4, 32, symmetric=True)
     line = jobs.run_case(case, subject, subjects.Tokens(text, data, ""), place=place)
@@ -190,6 +192,11 @@ def test_tables_put_the_least_damage_first_and_join_seeds():
     lines = tables.table(rows).splitlines()[2:]
     assert [line.split("|")[1].strip() for line in lines] == ["b", "a"]
     assert "0.01 - 0.02" in lines[0]
+
+
+def test_the_front_holds_what_nothing_smaller_beats():
+    rows = [row("a", 0.3, bytes=10), row("b", 0.4, bytes=20), row("c", 0.1, bytes=30)]
+    assert [r["tool"] for r in tables.front(rows)] == ["a", "c"]
 
 
 def test_a_row_replaces_the_one_of_the_same_case(tmp_path):
