@@ -14,12 +14,13 @@ from compressor.modeling.checkpoint import open_checkpoint
 from compressor.modeling.state import ModelState
 from compressor.recipe.models import STAGE_CONFIGS
 from compressor.run_dir import RunDir, StageRun
-from compressor.stages import calibrate, evaluate, pack, quantize, verify
+from compressor.stages import calibrate, evaluate, pack, quantize, transform, verify
 from compressor.stages.context import StageContext, StageReport
 
 _APPLY: dict[str, Any] = {
     "calibrate": calibrate.apply,
     "quantize": quantize.apply,
+    "transform": transform.apply,
     "pack": pack.apply,
     "verify": verify.apply,
     "evaluate": evaluate.apply,
