@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ class Bench:
     folder: Path
     tokens: TokenRows | None = None
     identity: str = "test"
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.original = ModelState.of_checkpoint(open_checkpoint(self.model))
@@ -79,6 +80,7 @@ class Bench:
             artifact=folder.artifact,
             source=self.model,
             seed=0,
+            facts=self.facts,
             recipe_text="name: test\n",
         )
 

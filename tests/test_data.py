@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from compressor.data import load_texts, overlap, token_rows
-from compressor.errors import DataError
+from compressor.data import contamination, load_texts, one_document_a_row, token_rows
+from compressor.errors import CheckpointError, DataError
 from compressor.recipe import DataConfig
 from tests.faults.ca import LONG, ROWS, TEMPLATES, chat, good, lines
 from tests.faults.row import Row, folder_digest
@@ -68,12 +69,39 @@ def test_rows_start_with_one_bos_and_hold_the_beginning_of_each_text(tmp_path, t
     assert found.notes == ()
 
 
-def test_packed_rows_are_the_joined_documents_cut_in_pieces(tmp_path, tokenizer):
-    texts = [f"text number {i}" for i in range(60)]
-    source = lines(*(json.dumps({"text": t}) for t in texts))(tmp_path)
+TEXTS = [f"text number {i}" for i in range(60)]
+
+
+def documents(tokenizer: Any) -> list[list[int]]:
+    return [[BOS, *tokenizer.encode(t, add_special_tokens=False)] for t in TEXTS]
+
+
+def test_joined_rows_are_the_documents_end_to_end_cut_in_pieces(tmp_path, tokenizer):
+    source = lines(*(json.dumps({"text": t}) for t in TEXTS))(tmp_path)
+    found = rows(source, tokenizer, packing="joined")
+    assert found.tokens.flatten().tolist() == [*chain(*documents(tokenizer))][: 8 * 16]
+    assert found.positions is None
+
+
+def test_packed_rows_know_where_their_documents_begin(tmp_path, tokenizer):
+    source = lines(*(json.dumps({"text": t}) for t in TEXTS))(tmp_path)
     found = rows(source, tokenizer, packing="packed")
-    joined = [i for t in texts for i in (BOS, *tokenizer.encode(t, add_special_tokens=False))]
-    assert found.tokens.flatten().tolist() == joined[: 8 * 16]
+    assert (found.tokens.shape, found.positions.shape) == ((8, 16), (8, 16))
+    assert (found.tokens[found.positions == 0] == BOS).all()
+    apart = one_document_a_row(found)
+    pieces = [t[m].tolist() for t, m in zip(apart.tokens, apart.mask, strict=True)]
+    whole = documents(tokenizer)
+    assert pieces[0] == whole[0]
+    assert all(any(p[1:] == d[i : i + len(p) - 1] for d in whole for i in range(len(d)))
+               for p in pieces)  # fmt: skip
+    assert sum(m.sum() for m in apart.mask) >= 8 * 16 - 8
+
+
+def test_a_long_document_goes_on_after_bos_in_the_next_packed_row(tmp_path, tokenizer):
+    found = rows(lines(*good(4))(tmp_path), tokenizer, packing="packed", num_samples=2)
+    ids = tokenizer.encode(json.loads(good()[0])["text"], add_special_tokens=False)
+    assert found.tokens[0].tolist() == [BOS, *ids[:15]]
+    assert found.tokens[1].tolist()[:10] == [BOS, *ids[15:24]]
 
 
 def test_the_same_rows_come_from_every_file_format(tmp_path, tokenizer):
@@ -195,9 +223,26 @@ def test_an_unknown_dataset_is_not_a_network_failure(monkeypatch, tokenizer):
     assert caught.value.code == "CA01"
 
 
-def test_texts_in_both_sets_are_counted_spaces_aside():
-    assert overlap(["a  b", "c"], ["a b\n", "d", "c", "c"]) == 3
-    assert overlap([], ["a"]) == 0
+def test_conversations_need_a_chat_template(tmp_path, tiny_models):
+    bare = AutoTokenizer.from_pretrained(tiny_models("llama"))
+    bare.chat_template = None
+    with pytest.raises(CheckpointError, match="no chat template") as caught:
+        rows(lines(chat(LONG))(tmp_path), bare, skip_bad_rows=5)
+    assert caught.value.code == "CK37"
+    assert caught.value.where.line == 1
+
+
+def test_a_template_alone_says_what_a_conversation_begins_with(tmp_path, tiny_models):
+    plain = AutoTokenizer.from_pretrained(tiny_models("llama"))
+    plain.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    found = rows(lines(chat(LONG * 3))(tmp_path), plain, num_samples=1)
+    assert found.tokens[0].tolist() == plain.encode(LONG * 3, add_special_tokens=False)[:16]
+
+
+def test_what_a_source_gave_is_told(tmp_path, tokenizer):
+    (facts,) = rows(lines(*good())(tmp_path), tokenizer).sources
+    assert facts.source.endswith("data.jsonl")
+    assert (facts.num_rows, facts.num_documents, facts.unknown_share) == (8, 8, 0.0)
 
 
 def test_the_two_reference_texts_do_not_overlap():
@@ -206,4 +251,4 @@ def test_the_two_reference_texts_do_not_overlap():
     assert list(load_texts(DataConfig(split="evaluation"))) == second
     assert first
     assert second
-    assert overlap(first, second) == 0
+    assert contamination(first, second).identical_rows == 0

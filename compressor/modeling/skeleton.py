@@ -91,11 +91,20 @@ class Skeleton:
         return copy.deepcopy(self.blocks[index]).eval()
 
     def enter(
-        self, tokens: Tensor, mask: Tensor | None = None, *, grad: bool = False
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        grad: bool = False,
     ) -> tuple[Tensor, list[dict[str, Any]]]:
         """Embed tokens [B, T]: the input of the first block, and each block's keyword arguments.
 
+        Positions [B, T] that start again at 0 begin another document: tokens see only their own.
         Differentiable with respect to the embedding if `grad`. Final norm and head do not run.
+
+        Raises:
+            UnsupportedError: the blocks get no mask that could keep documents apart (CK26).
         """
         self._set_replacement(None)
         first_stub, last = self._first(), self._stubs[-1]
@@ -103,7 +112,7 @@ class Skeleton:
         last.ends = True  # type: ignore[assignment]
         try:
             with torch.set_grad_enabled(grad):
-                self._run(tokens, mask)
+                self._run(tokens, mask, positions)
         except _Entered:
             pass
         finally:
@@ -111,7 +120,15 @@ class Skeleton:
         first = first_stub.seen
         if first is None:
             raise UnsupportedError(f"{self.model_type}: its blocks are not called", code="CK26")
-        return first, [dict(stub.kwargs) for stub in self._stubs]
+        kwargs = [dict(stub.kwargs) for stub in self._stubs]
+        several = positions is not None and bool((positions[:, 1:] == 0).any())
+        if several and any(k.get("attention_mask") is None for k in kwargs):
+            raise UnsupportedError(
+                f"{self.model_type}: documents in one row cannot be kept from seeing each other",
+                code="CK26",
+                fix="use packing: rows, or joined if they may",
+            )
+        return first, kwargs
 
     def leave(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Final norm and head: the last block's output [B, T, D] -> logits [B, T, V].
@@ -119,12 +136,13 @@ class Skeleton:
         Differentiable with respect to `hidden`.
         """
         self._set_replacement(hidden)
-        logits: Tensor = self._run(tokens, None)
+        logits: Tensor = self._run(tokens, None, None)
         self._set_replacement(None)
         return logits
 
-    def _run(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        out = self.model(input_ids=tokens, attention_mask=mask, use_cache=False)
+    def _run(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
+        places = {} if positions is None else {"position_ids": positions}
+        out = self.model(input_ids=tokens, attention_mask=mask, use_cache=False, **places)
         return out.logits  # type: ignore[no-any-return]
 
     def _first(self) -> _Stub:

@@ -55,6 +55,7 @@ class Walk:
         self.state = state
         self.tokens = tokens.tokens
         self.mask = None if bool(tokens.mask.all()) else tokens.mask
+        self.positions = tokens.positions
         self.options = options
         self.skeleton = state.skeleton()
         self.skeleton.fill_outer(state.read_outer(self.skeleton), torch.float32)
@@ -69,7 +70,7 @@ class Walk:
     @property
     def has_row_masks(self) -> bool:
         """Whether attention masks differ from row to row."""
-        return self.mask is not None
+        return self.mask is not None or self.positions is not None
 
     def block_name(self, position: int) -> str:
         """The module name of a block, e.g. "model.layers.3"."""
@@ -86,7 +87,7 @@ class Walk:
         count, length = self.tokens.shape
         store: ActivationStore | None = None
         for rows in self.batches():
-            hidden, _ = self.skeleton.enter(self.tokens[rows], self._mask(rows))
+            hidden, _ = self._enter(rows)
             if store is None:
                 shape = (count, length, hidden.shape[-1])
                 file = self.options.workdir / f"{name}.activations"
@@ -97,8 +98,8 @@ class Walk:
 
     def kwargs(self, rows: slice, position: int) -> dict[str, Any]:
         """What transformers passes to block `position` besides the hidden states."""
-        if self.mask is not None:
-            return self.skeleton.enter(self.tokens[rows], self._mask(rows))[1][position]
+        if self.has_row_masks:
+            return self._enter(rows)[1][position]
         count = rows.stop - rows.start
         if count not in self._kwargs:
             self._kwargs[count] = self.skeleton.enter(self.tokens[rows])[1]
@@ -137,6 +138,10 @@ class Walk:
     def logits(self, stream: ActivationStore, rows: slice) -> Tensor:
         """Logits [B, T, V] of some rows after the last block."""
         return self.skeleton.leave(stream.read(rows), self.tokens[rows])
+
+    def _enter(self, rows: slice) -> tuple[Tensor, list[dict[str, Any]]]:
+        positions = None if self.positions is None else self.positions[rows]
+        return self.skeleton.enter(self.tokens[rows], self._mask(rows), positions=positions)
 
     def _mask(self, rows: slice) -> Tensor | None:
         return None if self.mask is None else self.mask[rows].long()

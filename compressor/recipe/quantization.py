@@ -39,6 +39,9 @@ class QuantizeConfig(Part):
     ignore: list[Text] = ["lm_head"]
     protect: list[Text] = []
     protect_auto: Fraction = 0.0
+    protect_shared_experts: bool = Field(
+        default=True, description="leave experts that see every token as they are"
+    )
     asymmetric_target: bool = True
     true_sequential: bool = True
     dampening: Annotated[float, Field(gt=0.0, le=1.0)] = 0.01

@@ -9,13 +9,16 @@ behind the blocks that are compressed already.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from compressor.data import TokenRows, token_rows
+from compressor.data.rows import Generate
 from compressor.errors import CheckpointError, RecipeError, Where
 from compressor.modeling.activations import ActivationStore
 from compressor.modeling.block import Block, input_phases, run_observed
@@ -24,6 +27,9 @@ from compressor.modeling.skeleton import parse_config
 from compressor.modeling.walk import Walk
 from compressor.recipe import CalibrateConfig, DataConfig
 from compressor.stages.context import StageContext, StageReport
+from compressor.stages.self_text import written_by_the_model
+
+ROWS_UNIT = "tokens"  # the rows a stage works on, whatever the stage
 
 
 def apply(config: CalibrateConfig, context: StageContext) -> StageReport:
@@ -34,7 +40,6 @@ def apply(config: CalibrateConfig, context: StageContext) -> StageReport:
         NumericError: non-finite activations (NU01).
     """
     rows = rows_for(config.data, context)
-    _check_same(rows, config, context)
     walk = Walk(context.state, rows, context.walk_options())
     stream = walk.open_stream("calibrate")
     facts: dict[str, Any] = {}
@@ -58,36 +63,54 @@ def apply(config: CalibrateConfig, context: StageContext) -> StageReport:
 
 
 def rows_for(data: DataConfig, context: StageContext) -> TokenRows:
-    """Token rows of a recipe's data for the model of this run."""
-    tokenizer = load_tokenizer(context.source)
+    """Token rows of a recipe's data for the model of this run; stored as a unit of the stage.
+
+    Raises:
+        RecipeError: a resumed run sees other rows than those it began with (KI13).
+    """
+    rows = read_rows(data, context, partial(written_by_the_model, context=context))
+    if not context.run.is_done(ROWS_UNIT):
+        context.run.commit(ROWS_UNIT, {"tokens": rows.tokens}, {"digest": rows.digest})
+    if context.run.meta(ROWS_UNIT)["digest"] != rows.digest:
+        raise RecipeError(
+            "the text has changed since this run began",
+            code="KI13",
+            where=data.where("source"),
+            why="Going on would mix two runs. Nothing was changed.",
+            fix="restore the text, or start anew with --fresh",
+        )
+    return rows
+
+
+def read_rows(
+    data: DataConfig, context: StageContext, generate: Generate | None = None
+) -> TokenRows:
+    """Token rows of a recipe's data, cut for the model of this run."""
+    config = parse_config(context.state.config).get_text_config()
+    return token_rows(
+        data,
+        required_tokenizer(context.source),
+        vocab_size=config.vocab_size,
+        max_positions=getattr(config, "max_position_embeddings", None),
+        generate=generate,
+    )
+
+
+def required_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model's folder.
+
+    Raises:
+        CheckpointError: it has none (CK37).
+    """
+    tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         raise CheckpointError(
             "the model has no tokenizer, so text cannot be turned into tokens",
             code="CK37",
-            where=Where(str(context.source)),
+            where=Where(str(folder)),
             fix="copy tokenizer.json and tokenizer_config.json into the folder",
         )
-    config = parse_config(context.state.config).get_text_config()
-    return token_rows(
-        data,
-        tokenizer,
-        vocab_size=config.vocab_size,
-        max_positions=getattr(config, "max_position_embeddings", None),
-    )
-
-
-def _check_same(rows: TokenRows, config: CalibrateConfig, context: StageContext) -> None:
-    """A resumed run must see the rows it began with (KI13)."""
-    if not context.run.is_done("tokens"):
-        context.run.commit("tokens", {"tokens": rows.tokens}, {"digest": rows.digest})
-    if context.run.meta("tokens")["digest"] != rows.digest:
-        raise RecipeError(
-            "the calibration text has changed since this run began",
-            code="KI13",
-            where=config.where("data"),
-            why="Going on would mix two runs. Nothing was changed.",
-            fix="restore the text, or start anew with --fresh",
-        )
+    return tokenizer
 
 
 @torch.no_grad()
@@ -133,6 +156,7 @@ def _facts(rows: TokenRows, blocks: dict[str, Any]) -> dict[str, Any]:
     return {
         "digest": rows.digest,
         "rows": list(rows.tokens.shape),
+        "sources": [asdict(s) for s in rows.sources],
         "notes": list(rows.notes),
         "dead_inputs": sum(sum(b["dead"].values()) for b in blocks.values()),
         "few_tokens": sorted(

@@ -7,20 +7,20 @@ will be served.
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import compressor
-from compressor.data import Tally, TokenRows, load_documents, overlap, token_rows
-from compressor.errors import CheckpointError, DataError, GateError, Where
+from compressor.data import TokenRows, one_document_a_row, token_rows
+from compressor.errors import CheckpointError, GateError, Where
 from compressor.modeling.hub import resolve_model
 from compressor.modeling.load import LoadedModel, load_model
 from compressor.recipe import DataConfig, EvaluateConfig
 from compressor.recipe import Gate as GateConfig
 from compressor.resources import resource_dir
+from compressor.stages.contamination import check_contamination
 from compressor.stages.context import StageContext, StageReport
 from compressor_eval import tasks as task_metrics
 from compressor_eval.bos import probe_bos
@@ -31,14 +31,14 @@ from compressor_eval.report import ReportData, write_report
 SAMPLE_PROMPT_TOKENS = 48
 SAMPLE_NEW_TOKENS = 48
 MAX_SAMPLES = 100
-COMPARED_DOCUMENTS = 20_000
 
 
 def apply(config: EvaluateConfig, context: StageContext) -> StageReport:
     """Measure, judge, and leave everything the report needs in the facts."""
     if not context.run.is_done("evaluation"):
+        overlap, warnings = check_contamination(config.data, context)
         facts = evaluate_models(config, context.source, context.artifact)
-        facts["notes"] = [*facts["data"]["notes"], *_overlap_notes(config, context)]
+        facts |= {"contamination": overlap, "notes": [*facts["data"]["notes"], *warnings]}
         context.run.commit_meta("evaluation", facts)
     facts = context.run.meta("evaluation")
     context.run.progress({"unit": "evaluation", "index": 1, "total": 1})
@@ -65,7 +65,7 @@ def evaluate_pair(
             tier=facts["summary"]["tier"],
             comparison=facts["comparison"],
             bos=facts["bos"],
-            data=f"{config.data.source}, digest {facts['data']['digest'][:12]}",
+            data=f"{', '.join(config.data.names)}, digest {facts['data']['digest'][:12]}",
             tasks=facts["tasks"],
             worst=facts["worst"],
             notes=facts["data"]["notes"],
@@ -97,7 +97,13 @@ def evaluate_models(config: EvaluateConfig, original: Path, artifact: Path) -> d
     base, model = load_model(original, packed=False), load_model(artifact, packed=True)
     rows = evaluation_rows(config.data, base)
     comparison = compare(base.model, model.model, rows.tokens, mask=rows.mask)
-    bos = probe_bos(base.model, rows.tokens, base.tokenizer.bos_token_id, tokenizer=base.tokenizer)
+    bos = probe_bos(
+        base.model,
+        rows.tokens,
+        base.tokenizer.bos_token_id,
+        mask=rows.mask,
+        tokenizer=base.tokenizer,
+    )
     tasks = _tasks(config, base, model)
     verdict = judge(comparison, tasks, _gate(config.gate))
     return {
@@ -107,8 +113,15 @@ def evaluate_models(config: EvaluateConfig, original: Path, artifact: Path) -> d
         "bos": bos.as_json(),
         "tasks": task_metrics.as_json(tasks),
         "verdict": verdict.as_json(),
-        "data": {"digest": rows.digest, "notes": list(rows.notes), "source": config.data.source},
-        "prompts": [row[:SAMPLE_PROMPT_TOKENS].tolist() for row in rows.tokens[:MAX_SAMPLES]],
+        "data": {
+            "digest": rows.digest,
+            "notes": list(rows.notes),
+            "source": ", ".join(config.data.names),
+        },
+        "prompts": [
+            row[real][:SAMPLE_PROMPT_TOKENS].tolist()
+            for row, real in zip(rows.tokens[:MAX_SAMPLES], rows.mask[:MAX_SAMPLES], strict=True)
+        ],
         "kernels": model.kernels,
         "bytes": _sizes(base, model),
     }
@@ -137,37 +150,13 @@ def evaluation_rows(config: DataConfig, base: LoadedModel) -> TokenRows:
             fix="copy tokenizer.json and tokenizer_config.json into the folder",
         )
     text_config = base.model.config.get_text_config()
-    return token_rows(
+    rows = token_rows(
         config,
         base.tokenizer,
         vocab_size=text_config.vocab_size,
         max_positions=getattr(text_config, "max_position_embeddings", None),
     )
-
-
-def calibration_overlap(calibration: DataConfig, evaluation: DataConfig) -> int:
-    """Documents that are in the calibration and in the evaluation text (CA15).
-
-    Only the first `COMPARED_DOCUMENTS` of each are looked at: sources may be endless streams.
-    """
-    first, second = (
-        (d.text for d in islice(load_documents(data, Tally()), COMPARED_DOCUMENTS))
-        for data in (calibration, evaluation)
-    )
-    try:
-        return overlap(first, second)
-    except DataError:
-        return 0  # the stage that needs the text says what is wrong with it
-
-
-def _overlap_notes(config: EvaluateConfig, context: StageContext) -> list[str]:
-    notes = []
-    for name, facts in context.facts.items():
-        if "data" in facts and name.endswith("-calibrate"):
-            count = calibration_overlap(DataConfig.model_validate(facts["data"]), config.data)
-            text = f"{count} evaluation documents were calibrated on too: the figures flatter"
-            notes += [text] if count else []
-    return notes
+    return one_document_a_row(rows)
 
 
 def samples(original: Path, artifact: Path, prompts: list[list[int]]) -> list[dict[str, str]]:

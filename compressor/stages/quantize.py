@@ -20,6 +20,7 @@ from compressor.recipe import QuantizeConfig
 from compressor.stages.blockwise import Rewritten, Sweep, change_blocks
 from compressor.stages.budget import Allocation, allocate_formats, protect_most_sensitive
 from compressor.stages.context import StageContext, StageReport
+from compressor.stages.expert_statistics import expert_notes
 from compressor.stages.selection import fallbacks, select, uniform_formats
 from compressor.stages.solve import BlockSolver, Formats, round_to_nearest
 
@@ -48,7 +49,7 @@ def apply(config: QuantizeConfig, context: StageContext) -> StageReport:
         allocation = allocate_formats(config, context, selection)
         notes += allocation.notes
         chosen, facts = _better(config, context, allocation)
-    notes += _numeric_notes(chosen.linears)
+    notes += _numeric_notes(chosen.linears) + expert_notes(chosen.linears)
     facts |= {"linears": chosen.linears, "held_out_kl": chosen.held_out_kl, "notes": notes}
     facts |= {"matched": selection.matched, "protected": [t.name for t in selection.protected]}
     return StageReport(replace(chosen.state, trail=(*context.state.trail, "quantize")), facts)

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compressor.artifact.formats import GROUP_SIZES, LayerFormat, ScaleDtype, fits
 from compressor.errors import RecipeError, UnsupportedError
-from compressor.modeling.families import format_unit
+from compressor.modeling.families import format_unit, routers, shared_experts
 from compressor.modeling.linears import find_linears, linear_shape
 from compressor.modeling.skeleton import Skeleton
 from compressor.modeling.state import ModelState
@@ -72,6 +72,8 @@ def select(config: QuantizeConfig, skeleton: Skeleton) -> Selection:
     )
     kept = match_names(config.protect, names, where=config.where("protect"))
     out = {n for found in (ignored, kept) for hits in found.values() for n in hits}
+    routing, shared = _every_token_needs(linears, config)
+    out |= routing | shared
     wanted = {n for hits in chosen.values() for n in hits} - out
     dense_units = {t.unit for t in linears if t.name not in wanted}
     targets = tuple(t for t in linears if t.unit not in dense_units)
@@ -80,7 +82,24 @@ def select(config: QuantizeConfig, skeleton: Skeleton) -> Selection:
     extended = [t.name for t in protected if t.name in wanted]
     notes = [f"engines fuse them with protected layers, so they stay dense too: {extended}"]
     notes = (notes if extended else []) + transformers_notes(config, targets)
+    notes += [f"{len(routing)} routers stay dense"] if routing else []
+    notes += [f"shared experts stay dense, {len(shared)} linears"] if shared else []
     return Selection(targets, protected, {**chosen, **ignored, **kept}, tuple(notes))
+
+
+def _every_token_needs(linears: list[Target], config: QuantizeConfig) -> tuple[set[str], set[str]]:
+    """Full names of routers, and of shared experts if the recipe protects them.
+
+    Both act on every token, and are small beside the experts: a wrong choice of experts cannot be
+    made good by any of them.
+    """
+    routing: set[str] = set()
+    shared: set[str] = set()
+    for position in {t.position for t in linears}:
+        names = {t.linear: t.name for t in linears if t.position == position}
+        routing |= {names[n] for n in routers(names)}
+        shared |= {names[n] for n in shared_experts(names)}
+    return routing, (shared - routing if config.protect_shared_experts else set())
 
 
 def transformers_notes(config: QuantizeConfig, targets: tuple[Target, ...]) -> list[str]:

@@ -88,6 +88,7 @@ class BlockSolver:
             job, strength = jobs.pop(fmt)
             found = round_stack([block.linears[n] for n in names], job)
             found |= {"num_tokens": statistics.num_tokens, "strength": strength}
+            found |= {"statistics": statistics.source}
             facts |= {n: found | {"error": 0.0, "stacked_on": names[0]} for n in names}
             facts[names[0]] = found
         return facts

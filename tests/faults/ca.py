@@ -1,4 +1,4 @@
-"""Data faults CA01-CA13: builders that write a bad source into a folder."""
+"""Data faults CA01-CA16: builders that write a bad source into a folder."""
 
 from __future__ import annotations
 
@@ -43,10 +43,12 @@ ROWS = (
     _row("CA01", "no such file", lambda f: f / "gone.jsonl", "gone.jsonl", "no such file"),
     _row("CA01", "file of another kind", lines("x", name="data.csv"), ".csv", ".parquet"),
     _row("CA01", "relative path to nothing", lambda f: "./y.txt", "y.txt", "reference-eval"),
+    _row("CA01", "self without a model", lambda f: "self", "no model", "calibrate"),
     _row("CA02", "empty file", lines(), "no row is left", "0 documents"),
     _row("CA02", "all too short", lines('{"text":"a"}', '{"text":""}'), "2 documents", "1 empty",
          "1 shorter than 16 tokens", "packed"),
     _row("CA03", "far too few rows", lines(*good(1)), "1 of 8", "25%"),
+    _row("CA05", "no object", lines('["a"]'), "data.jsonl:1", "a list"),
     _row("CA05", "bad JSON in line 7", lines(*good(6), '{"text": oops}'), "data.jsonl:7:10"),
     _row("CA05", "a number", lines("7"), "data.jsonl:1", "int"),
     _row("CA05", "100k deep", lines("[" * 100_000), "RecursionError"),
