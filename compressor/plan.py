@@ -34,7 +34,7 @@ from compressor.recipe import (
     TransformConfig,
     parse_size,
 )
-from compressor.stages.budget import legal_candidates
+from compressor.stages.candidates import legal_candidates
 from compressor.stages.selection import (
     Selection,
     block_linears,

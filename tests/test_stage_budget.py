@@ -16,7 +16,8 @@ from compressor.errors import CompressError, RecipeError
 from compressor.modeling.state import ModelState
 from compressor.recipe import QuantizeConfig
 from compressor.run_dir import RunDir
-from compressor.stages.budget import ENGINE_WIDTHS, allocate_together, legal_candidates
+from compressor.stages.budget import allocate_together
+from compressor.stages.candidates import legal_candidates
 from compressor.stages.context import StageReport
 from compressor.stages.selection import select, uniform_formats
 from compressor.stages.sensitivity import UnitOption, fisher_scores, swap_in_scores
@@ -91,7 +92,8 @@ def test_a_budget_below_the_smallest_candidate_is_refused(
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
 def test_fused_linears_share_a_format(tiny_models: Models, tmp_path: Path, name: str) -> None:
-    _, report = mixed(tiny_models(name), tmp_path / "run", budget={"average_bits": 4.4})
+    budget = {"average_bits": 4.4, "trials": 0}
+    _, report = mixed(tiny_models(name), tmp_path / "run", budget=budget)
     _, _, formats = stored(report.state)
     assert report.facts["kept"] == "mixed"
     assert len({f.bits for f in formats.values()}) > 1
@@ -126,11 +128,6 @@ def test_no_legal_candidate_is_refused() -> None:
         legal_candidates(config)
 
 
-def test_every_engine_has_its_row_of_widths() -> None:
-    engines = QuantizeConfig.model_json_schema()["properties"]["engines"]["items"]["enum"]
-    assert set(ENGINE_WIDTHS) == set(engines)
-
-
 def test_candidates_that_an_engine_cannot_load_are_left_out_and_named(
     tiny_models: Models, tmp_path: Path
 ) -> None:
@@ -149,10 +146,11 @@ def test_the_mixture_is_measured_against_the_best_uniform_format(
     )
     facts = report.facts
     measured = facts["measured"]
-    assert set(measured) == {"mixed", "uniform"}
-    assert facts["held_out_kl"] == min(measured.values()) == measured[facts["kept"]]
-    predicted = facts["allocation"]["predicted"]
-    assert predicted["mixed"] <= predicted["uniform"]
+    assert set(measured) >= {"mixed", "uniform"}
+    assert facts["held_out_kl"] == measured[facts["kept"]]
+    assert facts["held_out_kl"] <= min(measured["mixed"], measured["uniform"])
+    additive = facts["allocation"]["additive"]
+    assert additive["mixed"] <= additive["uniform"]
 
 
 def test_the_front_gets_better_with_more_bytes(tiny_models: Models, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ uniform format that fits, and the one with the lower KL divergence on held-out r
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from compressor.errors import RecipeError
@@ -18,9 +19,12 @@ from compressor.modeling.block import Block, block_tensors, load_block
 from compressor.modeling.state import BlockTensors, ModelState
 from compressor.recipe import QuantizeConfig
 from compressor.stages.blockwise import Rewritten, Sweep, change_blocks
-from compressor.stages.budget import Allocation, allocate_formats, protect_most_sensitive
+from compressor.stages.budget import protect_most_sensitive
 from compressor.stages.context import StageContext, StageReport
 from compressor.stages.expert_statistics import expert_notes
+from compressor.stages.outer import quantize_outer
+from compressor.stages.ranges import add_ranges, needs_input_scales
+from compressor.stages.search import mix
 from compressor.stages.selection import fallbacks, select, uniform_formats
 from compressor.stages.solve import BlockSolver, Formats, round_to_nearest
 
@@ -43,16 +47,19 @@ def apply(config: QuantizeConfig, context: StageContext) -> StageReport:
             kept = protect_most_sensitive(config, context, uniform)
             notes.append(f"protected as the most sensitive: {', '.join(kept)}")
             uniform = {name: fmt for name, fmt in uniform.items() if name not in kept}
-        chosen = _materialise(config, context, uniform, "")
+        chosen = materialise(config, context, uniform)
         facts: dict[str, Any] = {"allocation": None}
     else:
-        allocation = allocate_formats(config, context, selection)
-        notes += allocation.notes
-        chosen, facts = _better(config, context, allocation)
+        chosen, facts = mix(config, context, selection, partial(materialise, config, context))
+        notes += facts["search_notes"]
+    state, outer = quantize_outer(config, context, chosen.state)
+    if needs_input_scales(state) or config.kv_cache != "none":
+        state = add_ranges(context, state, kv_cache=config.kv_cache != "none")
     notes += _numeric_notes(chosen.linears) + expert_notes(chosen.linears)
     facts |= {"linears": chosen.linears, "held_out_kl": chosen.held_out_kl, "notes": notes}
+    facts |= {"outer": outer}
     facts |= {"matched": selection.matched, "protected": [t.name for t in selection.protected]}
-    return StageReport(replace(chosen.state, trail=(*context.state.trail, "quantize")), facts)
+    return StageReport(replace(state, trail=(*context.state.trail, "quantize")), facts)
 
 
 def _numeric_notes(linears: dict[str, Any]) -> list[str]:
@@ -78,24 +85,19 @@ def _check_dense(state: ModelState, config: QuantizeConfig) -> None:
         )
 
 
-def _better(
-    config: QuantizeConfig, context: StageContext, allocation: Allocation
-) -> tuple[Rewritten, dict[str, Any]]:
-    """Materialise the mixture and the uniform alternative, keep the one with less held-out KL."""
-    mixed = _materialise(config, context, allocation.formats, "mixed-")
-    facts: dict[str, Any] = {"allocation": allocation.as_json()}
-    facts["measured"] = {"mixed": mixed.held_out_kl}
-    if allocation.uniform is None or mixed.held_out_kl is None:
-        return mixed, facts | {"kept": "mixed"}
-    uniform = _materialise(config, context, allocation.uniform, "uniform-")
-    facts["measured"]["uniform"] = uniform.held_out_kl
-    worse = uniform.held_out_kl is not None and uniform.held_out_kl < mixed.held_out_kl
-    return (uniform if worse else mixed), facts | {"kept": "uniform" if worse else "mixed"}
-
-
-def _materialise(
-    config: QuantizeConfig, context: StageContext, formats: Formats, tag: str
+def materialise(
+    config: QuantizeConfig,
+    context: StageContext,
+    formats: Formats,
+    *,
+    tag: str = "",
+    base: ModelState | None = None,
 ) -> Rewritten:
+    """Quantize into the formats given by full linear name.
+
+    Blocks before the first one that differs from `base`, a quantized model of the same stage, are
+    taken over from it.
+    """
     by_block = _by_block(formats, context.state)
     if config.method == "rtn" or context.tokens is None:
         return change_blocks(
@@ -103,7 +105,7 @@ def _materialise(
             lambda position, block: round_to_nearest(block, by_block[position], config),
             tag=tag,
         )
-    return _materialise_gptq(config, context, by_block, tag)
+    return _materialise_gptq(config, context, by_block, tag=tag, base=base)
 
 
 def _by_block(formats: Formats, state: ModelState) -> list[Formats]:
@@ -119,16 +121,33 @@ def _by_block(formats: Formats, state: ModelState) -> list[Formats]:
 
 
 def _materialise_gptq(
-    config: QuantizeConfig, context: StageContext, by_block: list[Formats], tag: str
+    config: QuantizeConfig,
+    context: StageContext,
+    by_block: list[Formats],
+    *,
+    tag: str,
+    base: ModelState | None,
 ) -> Rewritten:
     sweep = Sweep(context, tag=tag)
     solver = BlockSolver(sweep.walk, sweep.streams, config, sweep.rows)
+    same = 0 if base is None else _num_same(base, by_block)
 
     def rewrite(
         position: int, original: Block, source: BlockTensors
     ) -> tuple[BlockTensors, dict[str, Any]]:
+        if base is not None and position < same:
+            done = base.read_block(position, sweep.walk.skeleton)
+            return done, base.blocks[position].meta["facts"]
         block = load_block(sweep.walk.skeleton, position, source)
         facts = solver.solve(position, original, block, by_block[position])
         return block_tensors(block, source), facts
 
     return sweep.run(rewrite)
+
+
+def _num_same(base: ModelState, by_block: list[Formats]) -> int:
+    """How many of the first blocks have the same formats in a quantized model."""
+    for position, (ref, formats) in enumerate(zip(base.blocks, by_block, strict=True)):
+        if ref.meta.get("formats") != {n: f.as_json() for n, f in formats.items()}:
+            return position
+    return len(by_block)

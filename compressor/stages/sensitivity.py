@@ -1,6 +1,7 @@
 """How much each unit of linears minds each format: swap-in KL and output Fisher.
 
-Both use the error of the quantizer that is shipped: GPTQ on the Hessian of the original stream.
+Both use the quantizer that is shipped, GPTQ on the Hessian of the original stream, and run what it
+would store (also what a format does to the inputs).
 
 * swap-in KL: put one unit in one format, everything else original, and measure KL(original ||
   swapped) at the logits. Only the blocks after the swap run again, and all variants of a block
@@ -14,7 +15,7 @@ Legend: R rows, T tokens, D width, V variants.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,19 +23,20 @@ import torch
 from torch import Tensor, nn
 
 from compressor.algorithms.divergence import kl_tokens
-from compressor.algorithms.gptq import gptq
 from compressor.algorithms.hessian import HessianAccumulator
 from compressor.artifact.formats import LayerFormat
 from compressor.modeling.activations import ActivationStore
 from compressor.modeling.block import Block, input_phases, inputs_of, load_block
+from compressor.modeling.linears import StoredLinear
 from compressor.modeling.state import BlockTensors
 from compressor.modeling.walk import Walk
 from compressor.recipe import QuantizeConfig
 from compressor.stages.context import StageContext
-from compressor.stages.grids import make_grid
+from compressor.stages.solve import Rounding, round_stack, round_to_nearest
 from compressor.stages.statistics import calibration_rows
 
 Scores = dict[str, dict[str, float]]
+OnBlock = Callable[[Scores], None]  # told the scores of each block as soon as they are there
 SCORING_ROWS = 32
 
 
@@ -49,9 +51,16 @@ class UnitOption:
 
 
 def swap_in_scores(
-    config: QuantizeConfig, context: StageContext, options: list[UnitOption]
+    config: QuantizeConfig,
+    context: StageContext,
+    options: list[UnitOption],
+    *,
+    on_block: OnBlock | None = None,
 ) -> Scores:
-    """KL in nats a token for each unit and label; journaled block by block."""
+    """KL in nats a token for each unit and label; no pass at all without options."""
+    scores: Scores = {}
+    if not options:
+        return scores
     assert context.tokens is not None, "scores need calibration rows"
     walk = Walk(context.state, context.tokens, context.walk_options())
     rows = _scoring_rows(walk)
@@ -59,17 +68,18 @@ def swap_in_scores(
     for position in range(walk.num_blocks):
         walk.advance(final, walk.load(position), position)
     stream = walk.open_stream("swap")
-    scores: Scores = {}
-    for position in range(walk.num_blocks):
+    for position in range(max(o.position for o in options) + 1):
         mine = [o for o in options if o.position == position]
-        unit = f"swap-in-{position:04d}"
         source = walk.state.read_block(position, walk.skeleton)
-        if not context.run.is_done(unit):
-            found = _swap_block(walk, _Swap(position, source, stream, final, rows), mine, config)
-            context.run.commit_meta(unit, {"scores": found})
-        _merge(scores, context.run.meta(unit)["scores"])
+        found = _swap_block(walk, _Swap(position, source, stream, final, rows), mine, config)
+        _merge(scores, found)
+        if on_block is not None and found:
+            on_block(found)
         walk.advance(stream, load_block(walk.skeleton, position, source), position)
+        unit = f"swap-in-{position:04d}"
         context.run.progress({"unit": unit, "index": position + 1, "total": walk.num_blocks})
+    final.close()
+    stream.close()
     return scores
 
 
@@ -92,10 +102,7 @@ def _swap_block(
     variants: list[Tensor] = []
     for option in options:
         block = load_block(walk.skeleton, swap.position, swap.source)
-        for name, fmt in option.formats.items():
-            block.linears[name].set_dense_exact(
-                _rounded(original.linears[name].dense(), hessians[name], fmt, config)
-            )
+        _round_option(block, hessians, option.formats, config)
         variants.append(_run_rows(walk, block, swap.position, swap.stream.read(swap.rows)))
     for position in range(swap.position + 1, walk.num_blocks):
         block = walk.load(position)
@@ -107,14 +114,19 @@ def _swap_block(
     return scores
 
 
-def _rounded(weight: Tensor, hessian: Tensor, fmt: LayerFormat, config: QuantizeConfig) -> Tensor:
-    """The weight after rounding to `fmt`, fp32 [O, I]."""
-    from compressor.algorithms.grid import dequantize, quantize
-
-    grid = make_grid(weight, fmt, config.grid)
+def _round_option(
+    block: Block, hessians: dict[str, Tensor], formats: dict[str, LayerFormat], config: Any
+) -> None:
+    """Round some linears of a block in place, as the stage will when nothing else is rounded."""
     if config.method == "rtn":
-        return dequantize(quantize(weight, grid), grid)
-    return dequantize(gptq(weight, hessian, grid=grid, dampening=config.dampening).codes, grid)
+        round_to_nearest(block, formats, config)
+        return
+    for name, fmt in formats.items():
+        linear = block.linears[name]
+        weight = linear.dense()
+        mask = weight != 0 if name in block.masked else None
+        settings = (config.grid, config.dampening, name)
+        round_stack([linear], Rounding(weight, hessians[name], fmt, mask, *settings))
 
 
 @torch.no_grad()
@@ -153,6 +165,8 @@ def _divergence(walk: Walk, swap: _Swap, hidden: Tensor) -> float:
     for rows in walk.batches(swap.rows):
         swapped = walk.skeleton.leave(hidden[rows], walk.tokens[rows])
         kl = kl_tokens(walk.logits(swap.final, rows), swapped)
+        if walk.mask is not None:
+            kl = kl[walk.mask[rows]]
         total, count = total + float(kl.double().sum()), count + kl.numel()
     return total / count
 
@@ -246,17 +260,24 @@ def _fisher_block(
     scores: Scores = {}
     inputs = {n: torch.cat(s.inputs) for n, s in seen.items() if s.inputs}
     gradients = {n: torch.cat(s.gradients) for n, s in seen.items() if s.gradients}
+    hessians = {n: x.t() @ x / x.shape[0] for n, x in inputs.items()}
     for option in options:
+        formats = {n: f for n, f in option.formats.items() if n in gradients}
+        trial = _copies(block, formats)
+        _round_option(trial, hessians, formats, config)
         total = 0.0
-        for name, fmt in option.formats.items():
-            if name not in gradients:
-                continue
-            x, weight = inputs[name], block.linears[name].dense()
-            delta = _rounded(weight, x.t() @ x / x.shape[0], fmt, config) - weight
-            total += float(((x @ delta.t()) * gradients[name]).square().double().sum())
+        for name in formats:
+            delta = trial.linears[name].dense() - block.linears[name].dense()
+            total += float(((inputs[name] @ delta.t()) * gradients[name]).square().double().sum())
         tokens = max((len(x) for x in inputs.values()), default=1)
         scores.setdefault(option.unit, {})[option.label] = total / tokens
     return scores
+
+
+def _copies(block: Block, names: Iterable[str]) -> Block:
+    """Linears that can be rounded without changing the block."""
+    linears = {n: StoredLinear(block.linears[n].dense(), None) for n in names}
+    return Block(nn.Module(), linears, block.masked)
 
 
 def _scoring_rows(walk: Walk) -> slice:
