@@ -35,7 +35,12 @@ STORED_SCALES: dict[str, torch.dtype] = {
     "e8m0": torch.uint8,
 }
 GROUP_SIZES = (32, 64, 128, -1)  # that every engine with kernels knows; 16 is stored too
-_LATER = {"number": "int", "activations": "none", "block": 0}  # fields old manifests do not have
+_LATER = {
+    "number": "int",
+    "activations": "none",
+    "block": 0,
+    "plain": False,
+}  # fields old manifests do not have
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,7 @@ class LayerFormat:
         number: integers or floats.
         activations: how inputs of the layer are rounded before the product.
         block: edge of square blocks that share a scale; 0 = groups.
+        plain: 8-bit integers stored as int8 although inputs are not rounded (embeddings).
     """
 
     bits: int
@@ -59,6 +65,7 @@ class LayerFormat:
     number: Number = "int"
     activations: Activations = "none"
     block: int = 0
+    plain: bool = False
 
     @staticmethod
     def of(preset: Preset, scale_dtype: ScaleDtype) -> LayerFormat:
@@ -86,7 +93,8 @@ class LayerFormat:
     def stored(self) -> str:
         """compressed-tensors' name of the way of storing."""
         if self.number == "int":
-            return "pack-quantized" if self.activations == "none" else "int-quantized"
+            is_packed = self.activations == "none" and not self.plain
+            return "pack-quantized" if is_packed else "int-quantized"
         if self.bits == 8:
             return "float-quantized"
         return f"{'nv' if self.group_size == 16 else 'mx'}fp4-pack-quantized"

@@ -13,6 +13,7 @@ the moment, `dynamic: "local"` (NVFP4) with scales of the moment under a stored 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from compressor.artifact.formats import LayerFormat, ScaleDtype
@@ -99,7 +100,7 @@ def _outer_groups(outer: dict[str, LayerFormat]) -> list[tuple[LayerFormat, list
 
 
 def _without_scales(fmt: LayerFormat) -> LayerFormat:
-    return LayerFormat.of(fmt.preset, "float32")
+    return replace(LayerFormat.of(fmt.preset, "float32"), plain=fmt.plain)
 
 
 def _group(fmt: LayerFormat, targets: list[str]) -> dict[str, Any]:
@@ -225,7 +226,9 @@ def _parse(group: dict[str, Any], scale: ScaleDtype, where: Where) -> LayerForma
         symmetric = bool(weights.get("symmetric", True))
         preset = Preset(bits, symmetric, size, number, activations or "none", block[0])
         if not preset.is_fixed or preset in SCHEMES.values():
-            return LayerFormat.of(preset, scale)
+            fmt = LayerFormat.of(preset, scale)
+            is_plain = group.get("format") == "int-quantized" and not preset.is_fixed
+            return replace(fmt, plain=is_plain and bits == 8 and fmt.symmetric)
     raise UnsupportedError(
         f"weights stored as {weights} with inputs {inputs} are not supported",
         code="CK34",

@@ -18,29 +18,18 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from compressor.algorithms.input_rounding import round_inputs
-from compressor.artifact.formats import LayerFormat, ScaleDtype
-from compressor.artifact.packing import SUFFIXES, PackedWeight, dense_weight
+from compressor.artifact.formats import LayerFormat
+from compressor.artifact.packing import PackedWeight, dense_weight
 from compressor.artifact.schema import read_formats
 from compressor.errors import CheckpointError, Where
 from compressor.modeling.checkpoint import Checkpoint, open_checkpoint
 from compressor.modeling.experts import split_experts
 from compressor.modeling.families import disk_name
 from compressor.modeling.linears import is_linear
-from compressor.modeling.packed_linear import PackedLinear
+from compressor.modeling.packed_linear import PackedEmbedding, PackedLinear
 from compressor.modeling.skeleton import empty_model, tied_names
-from compressor.modeling.state import spellings
+from compressor.modeling.state import read_parts, spellings, stored_scale
 from compressor_kernels.cpu import has_fast_bf16
-
-SCALE_NAMES: dict[torch.dtype, ScaleDtype] = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-}
-
-
-def stored_scale(dtype: torch.dtype) -> ScaleDtype:
-    """The name of a scale's dtype; those of one byte follow from the format."""
-    return SCALE_NAMES.get(dtype, "float32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +73,9 @@ class LoadedModel:
     kernels: dict[str, int]
     notes: tuple[str, ...]
     checkpoint: Checkpoint
+
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def load_model(
@@ -138,7 +130,7 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def _auto_dtype(checkpoint: Checkpoint, device: str) -> torch.dtype:
-    stored = {i.dtype for i in checkpoint.tensors.values() if i.dtype in SCALE_NAMES}
+    stored = {i.dtype for i in checkpoint.tensors.values() if i.dtype in _FLOATS}
     lowest = min(stored, key=lambda d: d.itemsize, default=torch.float32)
     if lowest == torch.float32 or (torch.device(device).type == "cpu" and not has_fast_bf16()):
         return torch.float32
@@ -196,7 +188,8 @@ class _Reader:
         names = [n for n in state if n not in tied and state[n].device.type == "meta"]
         dense = {n: self._read(n).to(self.dtype) for n in names}
         self.model.load_state_dict(dense, strict=False, assign=True)
-        self.model.tie_weights()
+        if not tied & {f"{name}.weight" for name in formats}:
+            self.model.tie_weights()
         self.model.requires_grad_(False)
         self.model.eval()
 
@@ -216,7 +209,7 @@ class _Reader:
         config = self.checkpoint.config.get("quantization_config")
         if config is None:
             return {}
-        names = [n for n, m in self.model.named_modules() if is_linear(m)]
+        names = [n for n, m in self.model.named_modules() if is_linear(m) or _is_table(m)]
         stored = self.checkpoint.tensors
         disk = {n: self._linear_on_disk(n) for n in names}
         packed = {n: d for n, d in disk.items() if f"{d}.weight_scale" in stored}
@@ -233,22 +226,18 @@ class _Reader:
         return name
 
     def _fill_quantized(self, name: str, fmt: LayerFormat) -> None:
-        disk = self._linear_on_disk(name)
-        stored = [s for s in SUFFIXES if f"{disk}.{s}" in self.checkpoint.tensors]
-        tensors = {s: self.checkpoint.read(f"{disk}.{s}", check_finite=True) for s in stored}
-        packed = PackedWeight(tensors, fmt)
-        linear = self.model.get_submodule(name)
-        bias = None if getattr(linear, "bias", None) is None else self._read(f"{name}.bias")
-        on_disk = packed.nbytes - 16 * ("weight_shape" in tensors)
+        packed = PackedWeight(self._parts(name), fmt)
+        module = self.model.get_submodule(name)
+        bias = None if getattr(module, "bias", None) is None else self._read(f"{name}.bias")
+        on_disk = packed.nbytes - 16 * ("weight_shape" in packed.tensors)
         if not self.options.packed:
             self.packed_bytes += on_disk
             dense = dense_weight(packed).to(self.dtype)
-            weight = dense.t().contiguous() if isinstance(linear, Conv1D) else dense
-            linear.load_state_dict({"weight": weight}, strict=False, assign=True)
-            _round_inputs_of(linear, packed)
+            weight = dense.t().contiguous() if isinstance(module, Conv1D) else dense
+            module.load_state_dict({"weight": weight}, strict=False, assign=True)
+            _round_inputs_of(module, packed)
             return
-        device = torch.device(self.options.device)
-        made = PackedLinear(packed, bias, device=device, dtype=self.dtype)
+        made = self._packed_module(module, packed, bias)
         if made.plan.name == "dense":
             self.dequantized[fmt.label] = self.dequantized.get(fmt.label, 0) + 1
         else:
@@ -257,6 +246,27 @@ class _Reader:
         self.kernels[made.plan.name] = self.kernels.get(made.plan.name, 0) + 1
         parent, _, leaf = name.rpartition(".")
         setattr(self.model.get_submodule(parent), leaf, made)
+
+    def _packed_module(
+        self, module: nn.Module, packed: PackedWeight, bias: Tensor | None
+    ) -> PackedLinear | PackedEmbedding:
+        device = torch.device(self.options.device)
+        if isinstance(module, nn.Embedding):
+            return PackedEmbedding(module, packed, device=device, dtype=self.dtype)
+        return PackedLinear(packed, bias, device=device, dtype=self.dtype)
+
+    def _parts(self, name: str) -> dict[str, Tensor]:
+        """The stored tensors of a layer; the head of a tied matrix takes the embedding's codes."""
+        parts = read_parts(self.checkpoint, self._linear_on_disk(name))
+        ties = getattr(self.model, "_tied_weights_keys", None) or {}
+        if len(parts) == 1 and isinstance(ties, dict) and f"{name}.weight" in ties:
+            partner = ties[f"{name}.weight"].removesuffix(".weight")
+            parts = read_parts(self.checkpoint, self._linear_on_disk(partner))
+        return parts
+
+
+def _is_table(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding)
 
 
 def _round_inputs_of(linear: nn.Module, packed: PackedWeight) -> None:

@@ -1,4 +1,4 @@
-"""A linear layer that computes with its packed weight: what is in memory is what is on disk.
+"""Layers that compute with their packed weights: what is in memory is what is on disk.
 
 Integers run in kernels. Small floats have none here: they are dequantized once, and the product is
 dense (`plan.name` is "dense", `plan.reason` says so). Inputs are rounded as the format says.
@@ -6,12 +6,22 @@ dense (`plan.name` is "dense", `plan.reason` says so). Inputs are rounded as the
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from compressor.algorithms.input_rounding import round_inputs
-from compressor.artifact.packing import PackedWeight
+from compressor.artifact.packing import PackedWeight, dense_weight
 from compressor_kernels.dispatch import LinearPlan, LinearSpec, plan_for
+
+
+@dataclass(frozen=True, slots=True)
+class LookupPlan:
+    """How rows of a table are found: the name and reason that a `LinearPlan` has."""
+
+    name: str
+    reason: str
 
 
 class PackedLinear(nn.Module):
@@ -70,3 +80,59 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         """For `print(model)`."""
         return f"{self.in_features}, {self.out_features}, kernel={self.plan.name}"
+
+
+class PackedEmbedding(nn.Module):
+    """An embedding that dequantizes the rows it is asked for; its class does the rest."""
+
+    plan = LookupPlan("rows", "the rows of the tokens are dequantized at each call")
+
+    def __init__(
+        self,
+        embedding: nn.Embedding,
+        packed: PackedWeight,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        """Keep the stored tensors, and the original module for what its class adds (Gemma scales).
+
+        Args:
+            embedding: the module that is replaced; its weight is never read.
+            packed: stored tensors and format.
+            device: where the layer will run.
+            dtype: of the rows.
+        """
+        super().__init__()
+        self.original = embedding
+        self.original.weight = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+        self.original.padding_idx = None
+        self.num_embeddings, self.embedding_dim = packed.shape
+        self.format, self.dtype = packed.format, dtype
+        self._names = [n for n in packed.tensors if n != "weight_shape"]
+        for name in self._names:
+            self.register_buffer(
+                f"packed_{name}", packed.tensors[name].to(device), persistent=False
+            )
+
+    @property
+    def weight(self) -> Tensor:
+        """An empty tensor: some model code asks an embedding's weight for its device and dtype."""
+        known: Tensor = getattr(self, f"packed_{self._names[0]}")
+        return known.new_empty(0, dtype=self.dtype)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes that the table occupies in memory."""
+        return sum(getattr(self, f"packed_{name}").nbytes for name in self._names)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids [...] -> rows [..., D]."""
+        flat = ids.flatten()
+        parts = {name: getattr(self, f"packed_{name}")[flat].cpu() for name in self._names}
+        shape = torch.tensor([len(flat), self.embedding_dim])
+        rows = dense_weight(PackedWeight(parts | {"weight_shape": shape}, self.format))
+        place = torch.arange(len(flat), device=ids.device).view(ids.shape)
+        weights = {"weight": rows.to(ids.device, self.dtype)}
+        out: Tensor = torch.func.functional_call(self.original, weights, (place,))
+        return out

@@ -11,11 +11,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from compressor.artifact.formats import LayerFormat
-from compressor.errors import CheckpointError, Where
+from compressor.artifact.formats import SCALE_DTYPES, LayerFormat, ScaleDtype
+from compressor.artifact.packing import SUFFIXES, PackedWeight, dense_weight
+from compressor.artifact.schema import read_formats
+from compressor.errors import CheckpointError, UnsupportedError, Where
 from compressor.modeling.checkpoint import Checkpoint
 from compressor.modeling.families import disk_name
 from compressor.modeling.skeleton import Skeleton, build_skeleton
@@ -56,6 +59,7 @@ class ModelState:
     blocks: tuple[BlockRef, ...]
     outer: Path | None = None
     trail: tuple[str, ...] = ()
+    outer_formats: dict[str, LayerFormat] = field(default_factory=dict)
 
     @staticmethod
     def of_checkpoint(checkpoint: Checkpoint) -> ModelState:
@@ -87,10 +91,32 @@ class ModelState:
         return BlockTensors(read)
 
     def read_outer(self, skeleton: Skeleton) -> dict[str, Tensor]:
-        """Embedding, final norm, head: every tensor outside of the blocks."""
+        """Embedding, final norm, head: every tensor outside of the blocks, quantized ones dense."""
         if self.outer is not None:
-            return {n: t.clone() for n, t in load_file(self.outer).items()}
-        return {n: self._read(n) for n in skeleton.outer_names()}
+            stored = {n: t.clone() for n, t in load_file(self.outer).items()}
+            formats = self.outer_formats
+        else:
+            stored, formats = {}, {}
+            for name in skeleton.outer_names():
+                stem = self._quantized_stem(name)
+                if stem is None:
+                    stored[name] = self._read(name)
+                    continue
+                layer = name.removesuffix(".weight")
+                formats[layer] = self._format(stem)
+                parts = read_parts(self.checkpoint, stem)
+                stored |= {f"{layer}.{suffix}": t for suffix, t in parts.items()}
+        return _dense_outer(stored, formats)
+
+    def _quantized_stem(self, name: str) -> str | None:
+        """The layer's name on disk if the weight `name` is quantized there."""
+        found = (s for s in spellings(name) if f"{s}_scale" in self.checkpoint.tensors)
+        return next((s.removesuffix(".weight") for s in found), None)
+
+    def _format(self, stem: str) -> LayerFormat:
+        config = self.checkpoint.config.get("quantization_config") or {}
+        scale = stored_scale(self.checkpoint.tensors[f"{stem}.weight_scale"].dtype)
+        return read_formats(config, {stem: scale}, file="config.json")[stem]
 
     def disk_tensor_name(self, name: str) -> str:
         """The name in the checkpoint's files of a tensor of the model."""
@@ -101,12 +127,44 @@ class ModelState:
         raise CheckpointError("tensor is in no file of the checkpoint", code="CK21", where=where)
 
     def _read(self, name: str) -> Tensor:
+        if self._quantized_stem(name) is not None:
+            raise UnsupportedError(
+                "the checkpoint is quantized already",
+                code="CK34",
+                where=Where(str(self.checkpoint.path), tensor=name),
+                why="Its codes are no weights.",
+                fix="start from the original 16-bit checkpoint",
+            )
         return self.checkpoint.read(self.disk_tensor_name(name), check_finite=True)
+
+
+def read_parts(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
+    """The stored tensors of one quantized layer by suffix, as they are on disk."""
+    known = [s for s in SUFFIXES if f"{name}.{s}" in checkpoint.tensors]
+    return {s: checkpoint.read(f"{name}.{s}", check_finite=True) for s in known}
+
+
+def stored_scale(dtype: torch.dtype) -> ScaleDtype:
+    """The name of a scale's dtype; those of one byte follow from the format."""
+    names = {dtype: name for name, dtype in SCALE_DTYPES.items()}
+    return names.get(dtype, "float32")  # type: ignore[return-value]
+
+
+def _dense_outer(tensors: dict[str, Tensor], formats: dict[str, LayerFormat]) -> dict[str, Tensor]:
+    """Weights instead of codes; the head of a tied matrix has only scales and is left out."""
+    out = dict(tensors)
+    for name, fmt in formats.items():
+        parts = {s: out.pop(f"{name}.{s}") for s in SUFFIXES if f"{name}.{s}" in out}
+        if "weight_scale" not in parts:  # a later stage wrote it dense
+            out |= {f"{name}.{s}": t for s, t in parts.items()}
+        elif len(parts) > 1:
+            out[f"{name}.weight"] = dense_weight(PackedWeight(parts, fmt))
+    return out
 
 
 def spellings(name: str) -> list[str]:
     """How files spell a tensor: as the model does, without its base prefix, or by old names."""
     out = [name, name.partition(".")[2]]
-    if name == "lm_head.weight":
-        out.append("embed_out.weight")
+    if name.startswith("lm_head."):
+        out.append(name.replace("lm_head", "embed_out", 1))
     return out

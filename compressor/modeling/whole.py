@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from compressor.algorithms.distillation import exported_scale, scaled_dequantize
 from compressor.artifact.formats import SCALE_DTYPES
+from compressor.errors import UnsupportedError
 from compressor.modeling.block import Block, load_block
 from compressor.modeling.linears import StoredLinear
 from compressor.modeling.skeleton import Skeleton
@@ -58,6 +59,13 @@ class ScaledLinear(nn.Module):
         super().__init__()
         fmt = linear.format
         assert fmt is not None, "only for quantized linears"
+        if fmt.preset.is_fixed:
+            raise UnsupportedError(
+                f"{fmt.label} layers cannot be trained",
+                code="CK26",
+                why="Only scales of integers with 16-bit activations are trainable.",
+                fix="distill before the quantize stage",
+            )
         codes, scale, zero = linear.codes()
         self.register_buffer("codes", codes)
         self.register_buffer("zero_point", zero)

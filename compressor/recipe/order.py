@@ -40,6 +40,10 @@ def needs_calibration(stage: Part) -> str:
             return "gptq solves against activations"
         if stage.budget is not None:
             return "a budget is spent by measured sensitivity"
+        if stage.scheme == "NVFP4":
+            return "the inputs of NVFP4 layers have a calibrated scale (NVFP4A16 has none)"
+        if stage.kv_cache != "none":
+            return "the scales of keys and values are calibrated"
         return "protect_auto ranks layers by sensitivity" if stage.protect_auto else ""
     if isinstance(stage, TransformConfig):
         return f"{stage.method} scales by activations" if stage.method != "rotate" else ""

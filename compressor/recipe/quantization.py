@@ -24,6 +24,7 @@ Candidate = Literal[
     "W8A16_ASYM", "W8A8", "FP8_DYNAMIC", "FP8A16", "FP8_BLOCK", "NVFP4", "NVFP4A16", "MXFP4",
     "MXFP4A16", "BF16",
 ]  # fmt: skip
+OuterScheme = Literal["none", "W8A16", "W4A16"]
 
 
 class QuantizeConfig(Part):
@@ -50,12 +51,22 @@ class QuantizeConfig(Part):
         default="smaller_group", description="when group_size does not divide a layer's inputs"
     )
     scale_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    head: OuterScheme = Field(default="none", description="storage of the output head")
+    embeddings: OuterScheme = Field(default="none", description="storage of the embedding")
+    kv_cache: Literal["none", "fp8"] = Field(
+        default="none", description="store calibrated scales for a cache of keys and values"
+    )
     budget: Budget | None = None
     candidates: Annotated[list[Candidate], Field(min_length=1)] = [
         "W2A16", "W3A16", "W4A16", "W8A16", "BF16",
     ]  # fmt: skip
     scores: Literal["auto", "output_fisher", "swap_in_kl"] = "auto"
     engines: list[Literal["transformers", "vllm", "sglang", "ours"]] = ["ours", "transformers"]
+
+    @property
+    def labels(self) -> list[str]:
+        """Every scheme that linears may get."""
+        return list(self.candidates) if self.budget is not None else [self.scheme]
 
     @property
     def preset(self) -> Preset:

@@ -55,6 +55,7 @@ class Contents:
     entries: list[Entry]
     formats: dict[str, LayerFormat]
     masked: list[str]
+    outer: dict[str, LayerFormat]
 
 
 def apply(config: PackConfig, context: StageContext) -> StageReport:
@@ -109,7 +110,11 @@ def gather(state: ModelState, skeleton: Skeleton) -> Contents:
             stem = rename(f"{linear}.weight").removesuffix(".weight")
             formats[stem] = LayerFormat.from_json(fmt)
         masked += [rename(f"{n}.weight").removesuffix(".weight") for n in ref.meta["masked"]]
-    return Contents(entries, formats, masked)
+    names = {entry.name for entry in entries}
+    on_disk = _outer_name(state)
+    outer = {on_disk(n): fmt for n, fmt in state.outer_formats.items()}
+    outer = {n: fmt for n, fmt in outer.items() if f"{n}.weight_scale" in names}
+    return Contents(entries, formats, masked, outer)
 
 
 def _outer_entries(state: ModelState, skeleton: Skeleton) -> list[Entry]:
@@ -126,7 +131,8 @@ def _outer_name(state: ModelState) -> Any:
     old_head = "embed_out.weight" in state.checkpoint.tensors
 
     def rename(name: str) -> str:
-        return "embed_out.weight" if old_head and name == "lm_head.weight" else name
+        is_head = name.partition(".")[0] == "lm_head"
+        return name.replace("lm_head", "embed_out", 1) if old_head and is_head else name
 
     return rename
 
@@ -171,10 +177,16 @@ def _file_entries(file: Path, rename: Any) -> list[Entry]:
 
 def _write_config(state: ModelState, skeleton: Skeleton, contents: Contents, folder: Path) -> None:
     config = {k: v for k, v in state.config.items() if k != "quantization_config"}
-    if contents.formats:
+    cached = any(entry.name.endswith(".k_scale") for entry in contents.entries)
+    if contents.formats or contents.outer or cached:
         names = [_on_disk(skeleton, t.name, t.linear) for t in block_linears(skeleton)]
-        dense = [n for n in names if n not in contents.formats]
-        config["quantization_config"] = quantization_config(contents.formats, [*dense, "lm_head"])
+        outer = dict(contents.outer)
+        if "embed_out" in outer:  # loaders know the head by its present name
+            outer["lm_head"] = outer["embed_out"]
+        dense = [n for n in [*names, "lm_head"] if n not in contents.formats | outer]
+        config["quantization_config"] = quantization_config(
+            contents.formats, dense, outer=outer, kv_cache=cached
+        )
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
 
@@ -245,6 +257,6 @@ def _manifest(context: StageContext, contents: Contents, written: Written) -> Ma
         seed=context.seed,
         versions=versions,
         tensors=written.digests,
-        formats={name: fmt.as_json() for name, fmt in contents.formats.items()},
+        formats={n: f.as_json() for n, f in (contents.formats | contents.outer).items()},
         masked=contents.masked,
     )

@@ -24,6 +24,7 @@ from compressor.stages.context import StageContext, StageReport
 from compressor.stages.expert_statistics import expert_notes
 from compressor.stages.outer import quantize_outer
 from compressor.stages.ranges import add_ranges, needs_input_scales
+from compressor.stages.repair import repair_blocks
 from compressor.stages.search import mix
 from compressor.stages.selection import fallbacks, select, uniform_formats
 from compressor.stages.solve import BlockSolver, Formats, round_to_nearest
@@ -41,17 +42,20 @@ def apply(config: QuantizeConfig, context: StageContext) -> StageReport:
     _check_dense(context.state, config)
     notes: list[str] = list(selection.notes)
     uniform = uniform_formats(config, selection, context.state)
-    if config.budget is None:
+    make = partial(materialise, config, context)
+    facts: dict[str, Any] = {"allocation": None}
+    if context.repair is not None:
+        chosen, facts = repair_blocks(config, context, selection, make)
+    elif config.budget is None:
         notes += fallbacks(uniform, config.preset)
         if config.protect_auto:
             kept = protect_most_sensitive(config, context, uniform)
             notes.append(f"protected as the most sensitive: {', '.join(kept)}")
             uniform = {name: fmt for name, fmt in uniform.items() if name not in kept}
-        chosen = materialise(config, context, uniform)
-        facts: dict[str, Any] = {"allocation": None}
+        chosen = make(uniform)
     else:
-        chosen, facts = mix(config, context, selection, partial(materialise, config, context))
-        notes += facts["search_notes"]
+        chosen, facts = mix(config, context, selection, make)
+    notes += facts.get("search_notes", [])
     state, outer = quantize_outer(config, context, chosen.state)
     if needs_input_scales(state) or config.kv_cache != "none":
         state = add_ranges(context, state, kv_cache=config.kv_cache != "none")
@@ -137,7 +141,7 @@ def _materialise_gptq(
     ) -> tuple[BlockTensors, dict[str, Any]]:
         if base is not None and position < same:
             done = base.read_block(position, sweep.walk.skeleton)
-            return done, base.blocks[position].meta["facts"]
+            return done, base.blocks[position].meta.get("facts", {})
         block = load_block(sweep.walk.skeleton, position, source)
         facts = solver.solve(position, original, block, by_block[position])
         return block_tensors(block, source), facts

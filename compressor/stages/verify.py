@@ -22,7 +22,6 @@ from torch import Tensor
 from compressor.artifact.formats import LayerFormat
 from compressor.artifact.manifest import Manifest, read_manifest
 from compressor.artifact.packing import (
-    SUFFIXES,
     PackedWeight,
     dense_weight,
     pack_weight,
@@ -38,7 +37,7 @@ from compressor.modeling.integrity import (
     open_artifact,
     raw_bytes,
 )
-from compressor.modeling.load import stored_scale
+from compressor.modeling.state import read_parts, stored_scale
 from compressor.recipe import VerifyConfig
 from compressor.stages.context import StageContext, StageReport
 from compressor.stages.kernels import kernels_match
@@ -93,8 +92,8 @@ def verify_artifact(path: Path, *, tokens: int = DEFAULT_TOKENS) -> VerifyReport
     check_weight_files(checkpoint)
     check_tensors(checkpoint, manifest)
     formats = _formats(checkpoint, manifest)
-    for name, fmt in formats.items():
-        _check_packing(checkpoint, name, fmt)
+    for name in formats:
+        _check_packing(checkpoint, name, formats)
     _check_masks(checkpoint, manifest, formats)
     logits = check_logits(checkpoint, formats, tokens)
     return VerifyReport(
@@ -127,15 +126,17 @@ def _formats(checkpoint: Checkpoint, manifest: Manifest) -> dict[str, LayerForma
 
 def read_packed(checkpoint: Checkpoint, name: str, fmt: LayerFormat) -> PackedWeight:
     """The stored tensors of one quantized linear."""
-    known = [s for s in SUFFIXES if f"{name}.{s}" in checkpoint.tensors]
-    return PackedWeight({s: checkpoint.read(f"{name}.{s}") for s in known}, fmt)
+    return PackedWeight(read_parts(checkpoint, name), fmt)
 
 
-def _check_packing(checkpoint: Checkpoint, name: str, fmt: LayerFormat) -> None:
+def _check_packing(checkpoint: Checkpoint, name: str, formats: dict[str, LayerFormat]) -> None:
+    fmt = formats[name]
     packed = read_packed(checkpoint, name, fmt)
+    if packed.tensors.keys() == {"weight_scale"}:  # of a tied head: the embedding has the codes
+        return _check_tied(checkpoint, name, formats)
     scales = {"weight_scale": packed.tensors["weight_scale"]} | packed.global_scales
     if fmt.scale_dtype != "e8m0":
-        _check_positive(checkpoint, name, scales)
+        _check_scales(checkpoint, name, scales)
     missing = [s for s in fmt.global_scales if s not in packed.tensors]
     if missing:
         where = Where(str(checkpoint.path), tensor=f"{name}.{missing[0]}")
@@ -150,11 +151,24 @@ def _check_packing(checkpoint: Checkpoint, name: str, fmt: LayerFormat) -> None:
             )
 
 
-def _check_positive(checkpoint: Checkpoint, name: str, scales: dict[str, Tensor]) -> None:
+def _check_tied(checkpoint: Checkpoint, name: str, formats: dict[str, LayerFormat]) -> None:
+    scale = checkpoint.read(f"{name}.weight_scale")
+    others = [n for n in formats if n != name and formats[n] == formats[name]]
+    if not any(_same(scale, checkpoint.read(f"{n}.weight_scale")) for n in others):
+        where = Where(str(checkpoint.path), tensor=f"{name}.weight_scale")
+        raise VerificationError("a tied head has scales of its own", code="NU07", where=where)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(raw_bytes(one), raw_bytes(other))
+
+
+def _check_scales(checkpoint: Checkpoint, name: str, scales: dict[str, Tensor]) -> None:
     for suffix, scale in scales.items():
-        if not bool((torch.isfinite(scale.float()) & (scale.float() > 0)).all()):
+        value = scale.float()  # a negative one turns a symmetric grid of integers over
+        if not bool((torch.isfinite(value) & (value != 0)).all()):
             where = Where(str(checkpoint.path), tensor=f"{name}.{suffix}")
-            raise VerificationError("a scale is not a positive number", code="NU06", where=where)
+            raise VerificationError("a scale is zero or not finite", code="NU06", where=where)
 
 
 def _check_masks(
