@@ -65,7 +65,8 @@ def _title(setting: tuple[float, int, bool]) -> str:
 def _case(row: Row) -> str:
     width = f"{row['bits']} bits" if row["bits"] else f"budget {row['budget']}"
     kind = "symmetric" if row["symmetric"] else "asymmetric"
-    return f"{row['tool']}, {width}, group {row['group']}, {kind}"
+    group = "channel" if row["group"] == -1 else f"g{row['group']}"
+    return f"{row['tool']}, {width} {group} {kind}"
 
 
 def front(rows: list[Row]) -> list[Row]:

@@ -213,4 +213,4 @@ def test_failures_are_listed_with_their_reason(tmp_path):
     body["rows"].append(row("b", 0.1) | {"error": "no such width"})
     (tmp_path / "quality-x.json").write_text(json.dumps(body))
     tables.write_tables(tmp_path)
-    assert "b, 4 bits, group 32, symmetric: no such width" in (tmp_path / "quality.md").read_text()
+    assert "b, 4 bits g32 symmetric: no such width" in (tmp_path / "quality.md").read_text()
