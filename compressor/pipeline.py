@@ -24,7 +24,7 @@ from compressor.errors import GateError
 from compressor.modeling.checkpoint import open_checkpoint
 from compressor.modeling.hub import ResolvedModel, resolve_model
 from compressor.modeling.state import ModelState
-from compressor.plan import preflight
+from compressor.plan import preflight, repairing_gate
 from compressor.recipe import Recipe, dump_recipe
 from compressor.report import Outcome, shown_source, write_outcome
 from compressor.run_dir import (
@@ -46,6 +46,7 @@ from compressor.stages import (
     verify,
 )
 from compressor.stages.context import StageContext, StageReport
+from compressor.stages.repair import NothingToRaise, Repair
 
 REPORT = "report.html"
 DISK_ERRORS = (
@@ -97,12 +98,15 @@ class RunResult:
 
 @dataclass(slots=True)
 class Progress:
-    """What the stages before the present one left."""
+    """What the stages before the present one left; inputs and outputs of each, for a repair."""
 
     state: ModelState
     tokens: Any = None
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    inputs: dict[int, tuple[ModelState, Any]] = field(default_factory=dict)
+    outputs: dict[int, ModelState] = field(default_factory=dict)
+    repair: Repair | None = None
 
 
 def run(recipe: Recipe, options: RunOptions) -> RunResult:
@@ -136,6 +140,7 @@ def run(recipe: Recipe, options: RunOptions) -> RunResult:
         try:
             for index, config in enumerate(recipe.stages):
                 _run_stage(index, config, progress, frame)
+            _repair(progress, frame)
             return _finish(recipe, options, progress, frame)
         except OSError as error:
             if error.errno not in DISK_ERRORS:
@@ -155,27 +160,65 @@ class _Frame:
 
 def _run_stage(index: int, config: Any, progress: Progress, frame: _Frame) -> None:
     name = f"{index}-{config.kind}"
+    suffix = "" if progress.repair is None else f"-repair{progress.repair.round}"
+    progress.inputs[index] = (progress.state, progress.tokens)
     context = StageContext(
         state=progress.state,
         original=frame.original,
-        run=frame.folder.stage(index, config.kind),
+        run=frame.folder.stage(index, config.kind + suffix),
         tokens=progress.tokens,
         artifact=frame.folder.artifact,
         source=frame.source.path,
         seed=frame.recipe.seed,
         facts=progress.facts,
         recipe_text=artifact_recipe(frame.recipe),
+        repair=progress.repair,
     )
-    frame.folder.log({"event": "stage started", "stage": name})
+    frame.folder.log({"event": "stage started", "stage": name + suffix})
     start = time.monotonic()
     report = STAGES[config.kind](config, context)
     progress.state = report.state
     progress.tokens = report.tokens or progress.tokens
-    progress.facts[name] = report.facts
-    progress.seconds[name] = round(time.monotonic() - start, 3)
-    frame.folder.log({"event": "stage finished", "stage": name, "s": progress.seconds[name]})
+    progress.outputs[index] = report.state
+    progress.facts[name] = _merged(progress.facts.get(name, {}), report.facts)
+    took = round(time.monotonic() - start, 3)
+    progress.seconds[name] = round(progress.seconds.get(name, 0.0) + took, 3)
+    frame.folder.log({"event": "stage finished", "stage": name + suffix, "s": took})
     for note in report.facts.get("notes", []):
         log.warning("%s: %s", name, note)
+
+
+def _merged(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Facts of a stage after a repair: the new ones, and what the rounds before them did."""
+    if "repairs" not in now:
+        return now
+    rounds = [*before.get("repairs", []), *now["repairs"]]
+    kept = [n for n in before.get("notes", []) if n not in now["notes"]]
+    return before | now | {"repairs": rounds, "notes": kept + now["notes"]}
+
+
+def _repair(progress: Progress, frame: _Frame) -> None:
+    """Give more bits to the units that harm most while the gate fails and its recipe says so."""
+    found = repairing_gate(frame.recipe)
+    if found is None:
+        return
+    start, judge, rounds = found
+    name = f"{judge}-evaluate"
+    for number in range(1, rounds + 1):
+        verdict = progress.facts[name]["verdict"]
+        if verdict["status"] in ("pass", "none"):
+            break
+        finished = progress.state
+        progress.repair = Repair(number, progress.outputs[start], verdict)
+        progress.state, progress.tokens = progress.inputs[start]
+        try:
+            for index, config in enumerate(frame.recipe.stages[start:], start):
+                _run_stage(index, config, progress, frame)
+        except NothingToRaise:
+            log.warning("repair %d: no unit can get more bits; the artifact is kept aside", number)
+            frame.folder.log({"event": "repair ended", "round": number, "why": "nothing to raise"})
+            progress.state = finished
+            break
 
 
 def artifact_recipe(recipe: Recipe) -> str:

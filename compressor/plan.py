@@ -24,6 +24,7 @@ from compressor.modeling.hub import resolve_model
 from compressor.modeling.skeleton import Skeleton, tied_names
 from compressor.modeling.state import ModelState
 from compressor.recipe import (
+    Budget,
     CalibrateConfig,
     DistillConfig,
     EvaluateConfig,
@@ -34,7 +35,9 @@ from compressor.recipe import (
     TransformConfig,
     parse_size,
 )
+from compressor.recipe.budget import parse_footprint
 from compressor.stages.candidates import legal_candidates
+from compressor.stages.search import ROUNDS
 from compressor.stages.selection import (
     Selection,
     block_linears,
@@ -93,6 +96,7 @@ def preflight(recipe: Recipe, state: ModelState, run_path: Path) -> None:
         RecipeError: patterns, formats or group sizes that do not fit the model.
         ResourceError: not enough disk (RE01) or memory (RE06).
     """
+    repairing_gate(recipe)
     _patterns(recipe, state)
     _check_untied(recipe, state)
     _check_memory(recipe, state)
@@ -107,6 +111,29 @@ def preflight(recipe: Recipe, state: ModelState, run_path: Path) -> None:
             why="Nothing was started.",
             fix="free some space, or choose another place with --run-dir",
         )
+
+
+def repairing_gate(recipe: Recipe) -> tuple[int, int, int] | None:
+    """Places of the quantize stage and the gate that repairs it, and its rounds at most.
+
+    Raises:
+        RecipeError: there is no quantize stage before such a gate (RC17).
+    """
+    for index, stage in reversed(list(enumerate(recipe.stages))):
+        gate = stage.gate if isinstance(stage, EvaluateConfig) else None
+        if gate is None or gate.on_fail != "repair":
+            continue
+        before = [i for i, s in enumerate(recipe.stages[:index]) if isinstance(s, QuantizeConfig)]
+        if before:
+            return before[-1], index, gate.repair_rounds
+        raise RecipeError(
+            "on_fail: repair needs a quantize stage before the gate",
+            code="RC17",
+            where=stage.where("gate.on_fail"),
+            why="A repair gives more bits to some layers.",
+            fix="use on_fail: keep_aside",
+        )
+    return None
 
 
 def _check_memory(recipe: Recipe, state: ModelState) -> None:
@@ -194,11 +221,8 @@ def weight_bytes(recipe: Recipe, state: ModelState) -> tuple[int, bool]:
                 packed = sum(formats[t.name].packed_bytes(t.shape) for t in selection.targets)
                 total += packed - weights * dense
                 exact = exact and not stage.protect_auto
-            elif stage.budget.size is not None:
-                total, exact = min(total, parse_size(stage.budget.size)), False
             else:
-                bits = stage.budget.average_bits or 16.0
-                total, exact = total - weights * dense + int(weights * bits / 8), False
+                total, exact = _most_bytes(stage.budget, total, weights, dense), False
         elif _reshapes(stage):
             exact = False
     return total, exact
@@ -231,11 +255,30 @@ def disk_bytes(recipe: Recipe, state: ModelState) -> int:
     size, _ = weight_bytes(recipe, state)
     original = sum(info.nbytes for info in state.checkpoint.tensors.values())
     changing = sum(isinstance(s, REWRITING) for s in recipe.stages)
-    quantizing = sum(
-        2 if s.budget is not None else 1 for s in recipe.stages if isinstance(s, QuantizeConfig)
-    )
+    repairs = repairing_gate(recipe)
+    quantizing = repairs[2] if repairs else 0
+    for stage in recipe.stages:
+        if isinstance(stage, QuantizeConfig):
+            quantizing += 1 if stage.budget is None else candidate_count(stage.budget)
     packs = any(isinstance(s, PackConfig) for s in recipe.stages)
     return original * changing + size * (quantizing + packs) + (64 << 20)
+
+
+def _most_bytes(budget: Budget, total: int, weights: int, dense: int) -> int:
+    """Bytes of all files that a budget allows at most."""
+    limits = [total]
+    if budget.average_bits is not None:
+        limits.append(total - weights * dense + int(weights * budget.average_bits / 8))
+    if budget.size is not None:
+        limits.append(parse_size(budget.size))
+    if budget.fits is not None:
+        limits.append(parse_footprint(budget.fits).num_bytes)
+    return min(limits)
+
+
+def candidate_count(budget: Budget) -> int:
+    """Whole models that a budget materialises at most: uniform ones, the mixture, trials."""
+    return (ROUNDS if budget.max_kl is not None else 3) + budget.trials
 
 
 def memory_bytes(recipe: Recipe, state: ModelState) -> int:
@@ -285,7 +328,7 @@ def seconds(recipe: Recipe, state: ModelState) -> float:
             tokens = stage.data.num_samples * stage.data.seq_len
             work += 2 * weights * tokens
         elif isinstance(stage, QuantizeConfig) and stage.method == "gptq":
-            passes = 2 if stage.budget is not None else 1
+            passes = 1 if stage.budget is None else candidate_count(stage.budget)
             work += passes * (solve + tokens * (12 * weights + hessians))
         elif isinstance(stage, TransformConfig):
             tries = 2 * stage.grid_points if stage.method == "awq" else 2

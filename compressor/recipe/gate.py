@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -26,6 +26,6 @@ class Gate(Part):
     on_fail: Literal["keep_aside", "repair"] = "keep_aside"
     repair_rounds: Annotated[int, Field(ge=1, le=16)] = 3
 
-    def limits(self) -> dict[str, float | int | None]:
+    def limits(self) -> dict[str, Any]:
         """The limits alone, by name."""
         return self.model_dump(exclude={"on_fail", "repair_rounds"})

@@ -211,7 +211,7 @@ def _scores(
     if config.scores == SWAP_IN or (
         config.scores == "auto" and _swap_in_flop(context, quantized) <= SWAP_IN_FLOP_LIMIT
     ):
-        return _swapped(config, context, quantized, profile), "swap-in KL"
+        return swapped(config, context, quantized, profile), "swap-in KL"
     missing = profile.missing(FISHER, quantized)
     if missing:
         profile.add(FISHER, missing, fisher_scores(config, context, missing))
@@ -221,7 +221,7 @@ def _scores(
     ranked = sorted(units, key=lambda u: fisher[u][middle], reverse=True)
     sample = set(ranked[::FITTED_SHARE])
     chosen = [o for o in quantized if o.unit in sample and o.label == middle]
-    measured = _swapped(config, context, chosen, profile)
+    measured = swapped(config, context, chosen, profile)
     scale = sum(measured[u][middle] for u in sample) / sum(fisher[u][middle] for u in sample)
     scores = {u: {f: s * scale for f, s in row.items()} for u, row in fisher.items()}
     for unit in sample:
@@ -230,7 +230,7 @@ def _scores(
     return scores, f"output Fisher, scale fitted to the swap-in KL of {len(sample)} units"
 
 
-def _swapped(
+def swapped(
     config: QuantizeConfig, context: StageContext, options: list[UnitOption], profile: Profile
 ) -> Scores:
     """Swap-in scores; each block's are saved at once, so a killed run goes on behind it."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compressor.data import TokenRows
 from compressor.modeling.state import ModelState
 from compressor.modeling.walk import WalkOptions
 from compressor.run_dir import StageRun
+
+if TYPE_CHECKING:
+    from compressor.stages.repair import Repair
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,7 @@ class StageContext:
         seed: the recipe's seed.
         facts: reports of the stages before this one, by unit of the pipeline ("1-quantize").
         recipe_text: the resolved recipe, as it goes into the artifact.
+        repair: in a repair round, what failed; the quantize stage then raises some units.
     """
 
     state: ModelState
@@ -37,6 +41,7 @@ class StageContext:
     seed: int
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
     recipe_text: str = ""
+    repair: Repair | None = None
 
     def walk_options(self) -> WalkOptions:
         """Where activations go; small enough ones stay in memory."""

@@ -61,7 +61,8 @@ def apply(config: QuantizeConfig, context: StageContext) -> StageReport:
         state = add_ranges(context, state, kv_cache=config.kv_cache != "none")
     notes += _numeric_notes(chosen.linears) + expert_notes(chosen.linears)
     facts |= {"linears": chosen.linears, "held_out_kl": chosen.held_out_kl, "notes": notes}
-    facts |= {"outer": outer}
+    notes += outer.get("notes", [])
+    facts |= {"outer": outer.get("layers", {})}
     facts |= {"matched": selection.matched, "protected": [t.name for t in selection.protected]}
     return StageReport(replace(state, trail=(*context.state.trail, "quantize")), facts)
 
