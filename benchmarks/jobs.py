@@ -75,7 +75,7 @@ def command(
     if case.tool in NEEDS_ACCELERATOR:
         return NEEDS_ACCELERATOR[case.tool]
     if case.tool in OURS:
-        where = {"model": str(subject.model), "out": str(out)}
+        where = {"model": str(subject.model), "tokens": str(tokens.file), "out": str(out)}
         own = {**where, "data": tokens.data, "settings": settings_of(case)}
         return [sys.executable, "-m", "benchmarks.ours", json.dumps(own)]
     if not place.python_of(case.tool).is_file():

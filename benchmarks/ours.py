@@ -1,10 +1,11 @@
 """Run our pipeline on one case in a process of its own, as `peers.py` does with other tools.
 
-    python -m benchmarks.ours '{"model": DIR, "data": {...}, "out": DIR, "settings": {...}}'
+    python -m benchmarks.ours '{"model": DIR, "tokens": FILE.pt, "data": {...}, "settings": {...},
+                                "out": DIR}'
 
-`settings` are keys of the quantize stage, `data` those of the calibrate stage. The last line on
-stdout is JSON: `seconds` of the quantize stage (it reads the blocks from disk, and writes them) and
-`peak_mib` of this process.
+`settings` are keys of the quantize stage, `data` those of the calibrate stage; the rows it reads
+must be `tokens`, which all tools share. The last line on stdout is JSON: `seconds` of the quantize
+stage (it reads the blocks from disk, and writes them) and `peak_mib` of this process.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import shutil
 import sys
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import load_file
 
 from benchmarks.peers import peak_mib
 from compressor.pipeline import RunOptions, run
@@ -32,7 +36,11 @@ def main() -> None:
     shutil.rmtree(run_dir, ignore_errors=True)
     recipe = parse_recipe(json.dumps(recipe_of(job)), file="case")
     run(recipe, RunOptions(run_dir=run_dir, overwrite=True))
-    line = {"seconds": round(stage_seconds(run_dir, "quantize"), 2), "peak_mib": peak_mib()}
+    check_tokens(run_dir, Path(job["tokens"]))
+    line = {
+        "seconds": round(stage_seconds(run_dir, "quantize"), 2),
+        "peak_mib": round(peak_mib(), 1),
+    }
     shutil.rmtree(run_dir)
     sys.stdout.write("\n" + json.dumps(line) + "\n")
 
@@ -51,6 +59,13 @@ def recipe_of(job: dict[str, Any]) -> dict[str, Any]:
             {"kind": "verify"},
         ],
     }
+
+
+def check_tokens(run_dir: Path, shared: Path) -> None:
+    """Stop if the run was calibrated on other rows than those of the other tools."""
+    (unit,) = run_dir.glob("units/*-calibrate/tokens.safetensors")
+    if not torch.equal(load_file(unit)["tokens"], torch.load(shared)):
+        raise SystemExit("error: the calibrate stage read other rows than the shared token file")
 
 
 def stage_seconds(run_dir: Path, kind: str) -> float:

@@ -170,14 +170,16 @@ def _tokens_file(model: Path) -> Path:
     return file
 
 
-def test_one_of_our_cases_runs_in_its_own_process(tiny_models, tmp_path):
+def test_one_of_our_cases_runs_in_its_own_process(tiny_models, tmp_path, monkeypatch):
+    monkeypatch.setattr(subjects, "NUM_ROWS", 4)
+    monkeypatch.setattr(subjects, "SEQ_LEN", 16)
     text = tmp_path / "text.jsonl"
-    lines = [json.dumps({"text": "the quick brown fox " * 20 + str(i)}) for i in range(6)]
+    lines = [json.dumps({"text": "the quick brown fox " * 20 + str(i)}) for i in range(18)]
     text.write_text("\n".join(lines))
     subject = subjects.Subject("tiny", tiny_models("llama"), text, text, (32,), (32,))
-    data = {"source": str(text), "num_samples": 4, "seq_len": 16}
+    tokens = subjects.calibration(subject, 1, work=tmp_path)
     place, case = jobs.Place(tmp_path, tmp_path), Case("ours-rtn", 4, 32, symmetric=True)
-    line = jobs.run_case(case, subject, subjects.Tokens(text, data, ""), place=place)
+    line = jobs.run_case(case, subject, tokens, place=place)
     assert line["seconds"] >= 0, line
     assert line["peak_mib"] > 0
     score = scoring.Judge.of(subject.model, _tokens_file(subject.model)).score(
