@@ -5,6 +5,7 @@ Both are written after the manifest and are not listed in it: the report holds t
 
 from __future__ import annotations
 
+import json
 import platform
 import sys
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ from compressor.stages.evaluate import samples
 from compressor_eval.report import ReportData, write_report
 
 Facts = Mapping[str, Mapping[str, Any]]
+PARETO = "pareto.json"
 
 
 class Outcome:
@@ -58,6 +60,9 @@ def write_outcome(
     formats = layer_formats(state)
     card = _card(recipe, outcome, formats, command)
     (folder / "README.md").write_text(render_card(card), encoding="utf-8")
+    front = outcome.last("quantize").get("front")
+    if front:
+        (folder / PARETO).write_text(json.dumps(front, indent=1) + "\n", encoding="utf-8")
     write_report(_report(recipe, outcome, state, folder, command=command, text=text), folder)
     return summary(outcome, formats)
 
@@ -140,6 +145,7 @@ def _report(
         layers=_layers(state),
         sensitivity=_sensitivity(outcome),
         predictions=_predictions(outcome),
+        front=_front(outcome),
         samples=_samples(recipe, outcome, state, folder),
         worst=evaluation.get("worst", ()),
         stages=_stages(outcome),
@@ -156,7 +162,7 @@ def _data(recipe: Recipe, evaluation: Mapping[str, Any]) -> str:
         return ""
     data = stages[-1].data
     digest = evaluation["data"]["digest"][:12]
-    source = shown_source(data.source)
+    source = ", ".join(map(shown_source, data.names))
     return f"{source} {data.split or ''}: rows of {data.seq_len} tokens, digest {digest}"
 
 
@@ -217,6 +223,18 @@ def _predictions(outcome: Outcome) -> list[dict[str, Any]]:
         }
         for name, size in allocation.get("bytes", {}).items()
     ]
+
+
+def _front(outcome: Outcome) -> dict[str, Any]:
+    """`pareto.json` without the formats: what the drawing needs."""
+    front = outcome.last("quantize").get("front") or {}
+    kept = ("bytes", "average_bits", "additive_kl", "predicted_kl", "measured_kl", "name")
+    rows = {
+        key: [{k: row[k] for k in kept if k in row} for row in front.get(key, [])]
+        for key in ("points", "uniform", "measured")
+    }
+    name = outcome.last("quantize").get("kept")
+    return rows | {"kept": name} if front else {}
 
 
 def _samples(

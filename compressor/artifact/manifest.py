@@ -17,7 +17,7 @@ from compressor.errors import VerificationError, Where
 
 FILE = "manifest.json"
 # Written after the manifest, or holding times: not part of the artifact's identity.
-NOT_LISTED = (FILE, "report.html", "report.json", "README.md")
+NOT_LISTED = (FILE, "report.html", "report.json", "README.md", "pareto.json")
 
 
 @dataclass(frozen=True, slots=True)

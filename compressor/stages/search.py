@@ -2,7 +2,8 @@
 
 Within limits:
 
-    1  uniform  the best single format that fits is materialised and measured
+    1  uniform  the best single format that fits is materialised and measured; if the mixture will
+                be much better than that, so is the next wider format (once for each profile)
     2  mixed    the knapsack's allocation; the better of the two is kept
     3  trials   neighbours (one unit up, one down) with the least predicted loss, one at a time; a
                 neighbour is kept only if the paired test over the held-out rows says it is better
@@ -37,7 +38,7 @@ from compressor.stages.profile import formats_key, keep
 from compressor.stages.selection import Selection
 from compressor.stages.solve import Formats
 
-DOUBTFUL = 0.1  # nats: above, scores no longer add up, and the wider uniform model is measured too
+NEAR = 1.5  # a mixture with a sum of scores farther below the uniform one's: measure the next too
 NEIGHBOURS = 64  # changes up and down that are looked at, best first
 ROUNDS = 8  # materialisations for max_kl at most, besides the trials
 
@@ -84,7 +85,8 @@ class Search:
         uniform = self._best_uniform()
         labels = self.problem.best()
         rival = self.measure("uniform", uniform) if uniform else None
-        if self.curve(self.problem.additive(labels)) > DOUBTFUL:
+        sums = [self.problem.additive(a) for a in (labels, uniform) if a]
+        if len(sums) < 2 or sums[1] > NEAR * sums[0]:
             self._measure_above()
         best = self.measure("mixed", labels)
         if rival is not None and rival.kl < best.kl:

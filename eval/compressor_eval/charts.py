@@ -215,6 +215,57 @@ def _mark(axes: Any, value: float, name: str) -> None:
     )
 
 
+def front(data: Mapping[str, Any]) -> str:
+    """Bytes against KL: the predicted front, uniform formats, and the mixtures that were measured.
+
+    Rows have bytes, predicted_kl and measured_kl (may be None or missing); points without damage
+    have no place on a logarithmic axis.
+    """
+    line = [(p["bytes"], p["predicted_kl"]) for p in data["points"] if p["predicted_kl"]]
+    uniform = [(p["bytes"], p.get("measured_kl") or p["predicted_kl"], p["name"])
+               for p in data["uniform"] if p.get("measured_kl") or p["predicted_kl"]]  # fmt: skip
+    measured = [(p["bytes"], p["measured_kl"], p["name"])
+                for p in data["measured"] if p.get("measured_kl")]  # fmt: skip
+    if not line or not measured:
+        return ""
+    with _drawing(3.6) as (_, axes, result):
+        axes.plot(*zip(*line, strict=True), color=MUTED, linewidth=1.6, label="predicted front")
+        if uniform:
+            xs, ys, _ = zip(*uniform, strict=True)
+            axes.scatter(xs, ys, marker="s", s=22, color=SECOND, label="one format")
+            for x, y, name in uniform:
+                axes.annotate(label(name, 20), (x, y), xytext=(6, 3), fontsize=8.5,
+                              textcoords="offset points")  # fmt: skip
+        rest = [(x, y) for x, y, name in measured if name != data.get("kept")]
+        if rest:
+            axes.scatter(*zip(*rest, strict=True), marker="o", s=20, color=GOOD, label="measured")
+        chosen = [(x, y) for x, y, name in measured if name == data.get("kept")]
+        if chosen:
+            axes.scatter(*zip(*chosen, strict=True), marker="D", s=46, color=ACCENT, zorder=3,
+                         label="this artifact, measured")  # fmt: skip
+        _front_axes(axes, [y for _, y in line] + [y for _, y, _ in uniform + measured], data)
+    return result[0]
+
+
+def _front_axes(axes: Any, values: Sequence[float], data: Mapping[str, Any]) -> None:
+    axes.set_yscale("log")
+    axes.minorticks_off()
+    low, high = min(values), max(values)
+    axes.set_ylim(low / 1.6, high * 1.6)
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    powers = [10.0**p for p in range(first, last + 1) if low / 1.6 <= 10.0**p <= high * 1.6]
+    axes.set_yticks(powers, [f"{p:g}" for p in powers])
+    ticks = axes.get_xticks()
+    most = max(p["bytes"] for p in data["points"])
+    shown = [t for t in ticks if 0 < t <= 1.02 * most]
+    axes.set_xticks(shown, [size_text(t) for t in shown])
+    axes.tick_params(axis="y", labelcolor=MUTED)
+    axes.set_xlabel("bytes of the quantized layers")
+    axes.set_ylabel("mean KL divergence (nats)")
+    axes.grid(axis="both")
+    axes.legend(loc="upper right")
+
+
 def predictions(rows: Rows) -> str:
     """Predicted against measured KL of the plan and of its alternatives, logarithmic."""
     known = [r for r in rows if r.get("predicted_kl") or r.get("measured_kl")][:_MAX_BARS]

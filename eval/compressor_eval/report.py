@@ -53,6 +53,7 @@ class ReportData:
     layers: Rows = ()  # layer: int, kind, bits
     sensitivity: Rows = ()  # unit, score, scheme (optional)
     predictions: Rows = ()  # label, average_bits, predicted_kl, measured_kl (either may be None)
+    front: Mapping[str, Any] = field(default_factory=dict)  # points, uniform, measured: rows; kept
     samples: Rows = ()  # prompt, base, model
     worst: Rows = ()  # decode_worst(): kl, row, position, context, true, base, model
     stages: Rows = ()  # stage, seconds, and whatever else a stage tells
@@ -138,6 +139,7 @@ def _charts(content: Mapping[str, Any]) -> dict[str, Markup]:
         "layers": (charts.bits_heat_map, content["layers"]),
         "sensitivity": (charts.sensitivity_bars, content["sensitivity"]),
         "predictions": (charts.predictions, content["predictions"]),
+        "front": (charts.front, content["front"]),
         "kl": (charts.kl_histogram, histogram),
     }
     drawn = {name: draw(rows) if rows else "" for name, (draw, rows) in sources.items()}
