@@ -6,7 +6,7 @@ import importlib
 import sys
 
 BENCHMARKS = {
-    "quality": "damage for each byte on models that others trained",
+    "quality": "damage for each byte, ours and other tools'",
     "order": "the same parts in different orders: damage for each byte",
     "memory": "peak memory of quantizing a model of 4 GB",
     "kill": "runs killed at random moments and resumed: the same bytes?",

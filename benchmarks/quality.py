@@ -25,7 +25,7 @@ from benchmarks.cases import BITS, OURS, PEERS, Case, budget_cases, uniform_case
 from benchmarks.jobs import Place, forget, is_done, run_case
 from benchmarks.scoring import Judge
 from benchmarks.subjects import NUM_ROWS, SEQ_LEN, Subject, calibration, evaluation, subjects
-from benchmarks.tables import write_tables
+from benchmarks.tables import documents_file, write_tables
 from compressor.errors import CompressError
 
 Rows = list[dict[str, Any]]
@@ -87,6 +87,7 @@ def _run_subject(subject: Subject, place: Place, options: argparse.Namespace) ->
         if "error" not in line:
             judge = judge or Judge.of(subject.model, held_out.file)
             line |= _score(judge, place.work / subject.name / case.label, case)
+            _keep_documents(options.out, subject.name, case, line.pop("kl_documents", None))
         row = {**{key: getattr(case, key) for key in IDENTITY}, **line}
         log.info("%s %s: %s", subject.name, case.label, line.get("error", line.get("kl_mean")))
         _write(file, protocol, row)
@@ -120,6 +121,16 @@ def _protocol(subject: Subject, samples: list[str], held_out: str) -> dict[str, 
         "linears": "all of the decoder blocks; embeddings, norms and head untouched",
         "arithmetic": "float32",
     }
+
+
+def _keep_documents(out: Path, model: str, case: Case, values: list[float] | None) -> None:
+    """KL by document, so that anybody can compute paired intervals."""
+    file = documents_file(out, model)
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    found |= {} if values is None else {case.label: values}
+    lines = ",\n".join(f"{json.dumps(k)}: {json.dumps(found[k])}" for k in sorted(found))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
 
 
 def _read(file: Path) -> Rows:

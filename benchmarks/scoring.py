@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ from compressor.artifact.formats import LayerFormat
 from compressor.artifact.schema import read_formats
 from compressor.modeling.checkpoint import Checkpoint, open_checkpoint
 from compressor.modeling.load import load_model
-from compressor_eval.divergence import compare
+from compressor_eval.divergence import TokenScores, score_tokens, summarize
 
 SCORES = ("perplexity_ratio", "perplexity_ratio_ci", "kl_mean", "kl_mean_ci", "kl_p99",
           "top1_agreement")  # fmt: skip
@@ -62,14 +63,22 @@ class Judge:
         return Judge(open_checkpoint(model), Remembered(base), torch.load(tokens))
 
     def score(self, folder: Path, case: Case) -> dict[str, Any]:
-        """Bytes and damage of one compressed checkpoint."""
+        """Bytes and damage of one compressed checkpoint; `kl_documents`: mean KL of each row."""
         model = load_model(folder, packed=False, dtype=torch.float32).model
         model.config.use_cache = False
         if case.bits is not None:
             check_levels(model, case)
-        result = compare(self.base, model, self.tokens).as_json()
+        scores = score_tokens(self.base, model, self.tokens)
+        result = summarize(scores, self.tokens).as_json()
         sizes = stored_size(self.original, formats_of(self.original, folder, case), case.tool)
-        return {**sizes, **{key: result[key] for key in SCORES}}
+        damage = {key: result[key] for key in SCORES}
+        return {**sizes, **damage, "kl_documents": by_document(scores)}
+
+
+def by_document(scores: TokenScores) -> list[float]:
+    """Mean KL of each row of tokens, to five digits."""
+    sums = np.bincount(scores.row, weights=scores.kl)
+    return [float(f"{value:.5g}") for value in sums / np.bincount(scores.row)]
 
 
 def quantized_linears(original: Checkpoint) -> dict[str, tuple[int, int]]:

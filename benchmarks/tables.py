@@ -1,7 +1,8 @@
 """The results as one Markdown file: for each model and setting, tools from least to most damage.
 
-Rows of several seeds are one line: the mean, and KL's smallest and largest value. The interval is
-that of the first seed: 95 %, by bootstrap over documents.
+Rows of several seeds are one line: the mean, and KL's smallest and largest value. The intervals
+are those of the first seed: 95 %, by bootstrap over documents. `/ llmc-gptq` is the quotient of the
+mean KLs; the same documents are drawn for both tools, so that a hard document harms neither.
 """
 
 from __future__ import annotations
@@ -11,12 +12,19 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
+from benchmarks.cases import Case
+
 Row = dict[str, Any]
 HEADER = (
-    "| tool | bytes | bits | KL mean [95 %] | seeds | KL p99 | perplexity ratio [95 %] "
-    "| top-1 % | s | MiB |\n|---|---:|---:|---|---|---:|---|---:|---:|---:|\n"
+    "| tool | bytes | bits | KL mean [95 %] | seeds | / llmc-gptq [95 %] | KL p99 "
+    "| perplexity ratio [95 %] | top-1 % | s | MiB |\n"
+    "|---|---:|---:|---|---|---|---:|---|---:|---:|---:|\n"
 )
-SETTING = ("bits", "group", "symmetric")
+YARDSTICK = "llmc-gptq"
+RESAMPLES = 2000
+Documents = dict[str, list[float]]
 INTRODUCTION = """# Quality: damage for each byte
 
 Written by `python -m benchmarks quality`; do not edit. KL(original || compressed) in nats for each
@@ -28,12 +36,23 @@ one process at a time on a shared machine (an upper bound; `--only timing` measu
 def write_tables(results: Path) -> None:
     """Write results/quality.md from results/quality-*.json."""
     bodies = [json.loads(f.read_text(encoding="utf-8")) for f in sorted(results.glob("quality-*"))]
-    parts = [_of_model(body) for body in bodies if "protocol" in body]
+    parts = [_of_model(body, _documents(results, body["protocol"]["model"])) for body in bodies]
     text = "\n".join([INTRODUCTION, *parts])
     (results / "quality.md").write_text(text, encoding="utf-8")
 
 
-def _of_model(body: dict[str, Any]) -> str:
+def documents_file(results: Path, model: str) -> Path:
+    """Mean KL of each document, by case."""
+    return results / f"kl-by-document-{model}.json"
+
+
+def _documents(results: Path, model: str) -> Documents:
+    file = documents_file(results, model)
+    found: Documents = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found
+
+
+def _of_model(body: dict[str, Any], documents: Documents) -> str:
     protocol, rows = body["protocol"], body["rows"]
     scored = [r for r in rows if "error" not in r]
     parts = [
@@ -43,7 +62,7 @@ def _of_model(body: dict[str, Any]) -> str:
     ]
     for setting in sorted({_setting(r) for r in scored}, key=lambda s: (str(s[1]), not s[2], s[0])):
         same = [r for r in scored if _setting(r) == setting]
-        parts.append(f"### {_title(setting)}\n\n{table(same)}")
+        parts.append(f"### {_title(setting)}\n\n{table(same, documents)}")
     parts.append(f"### Nothing smaller is closer\n\n{front_table(scored)}")
     failed = sorted({f"- {_case(r)}: {r['error']}" for r in rows if "error" in r})
     return "\n".join([*parts, *(["### What did not run\n", *failed, ""] if failed else [])])
@@ -88,15 +107,33 @@ def front_table(rows: list[Row]) -> str:
     )
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[Row], documents: Documents) -> str:
     """One line for each tool (and budget), least damage first."""
     names = sorted({(r["tool"], r["budget"] or 0.0) for r in rows})
     lines = [[r for r in rows if (r["tool"], r["budget"] or 0.0) == name] for name in names]
     lines.sort(key=lambda same: (same[0]["budget"] or 0.0, fmean(r["kl_mean"] for r in same)))
-    return HEADER + "".join(_line(same) for same in lines)
+    return HEADER + "".join(_line(same, documents) for same in lines)
 
 
-def _line(same: list[Row]) -> str:
+def quotient(row: Row, documents: Documents) -> str:
+    """Mean KL of a row over that of the yardstick in the same setting, with its paired interval."""
+    own = documents.get(_label(row, row["tool"]))
+    other = documents.get(_label(row, YARDSTICK))
+    if own is None or other is None or row["tool"] == YARDSTICK:
+        return ""
+    draws = np.random.default_rng(0).integers(len(own), size=(RESAMPLES, len(own)))
+    means = [np.asarray(values)[draws].mean(1) for values in (own, other)]
+    low, high = np.quantile(means[0] / means[1], [0.025, 0.975])
+    return f"{fmean(own) / fmean(other):.3f} {_interval([float(low), float(high)])}"
+
+
+def _label(row: Row, tool: str) -> str:
+    """The case of another tool in the setting of this row."""
+    setting = {key: row[key] for key in ("bits", "group", "symmetric", "seed", "budget")}
+    return Case(tool, **setting).label
+
+
+def _line(same: list[Row], documents: Documents) -> str:
     first = min(same, key=lambda r: r["seed"])
     budget = f", {first['budget']:g} bits" if first["budget"] else ""
     kls = [r["kl_mean"] for r in same]
@@ -107,6 +144,7 @@ def _line(same: list[Row]) -> str:
         f"{first['average_bits']:.2f}",
         f"{fmean(kls):.4g} {_interval(first['kl_mean_ci'])}",
         spread,
+        quotient(first, documents),
         f"{fmean(r['kl_p99'] for r in same):.3g}",
         f"{fmean(r['perplexity_ratio'] for r in same):.4f} "
         f"{_interval(first['perplexity_ratio_ci'], digits=5)}",

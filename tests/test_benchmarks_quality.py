@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import cases, jobs, ours, peers, quality, scoring, subjects, tables
+from benchmarks import cases, jobs, ours, peers, quality, scoring, subjects, tables, timing
 from benchmarks.cases import Case
 from compressor.artifact.formats import LayerFormat
 from compressor.modeling.checkpoint import open_checkpoint
@@ -191,9 +191,44 @@ def test_one_of_our_cases_runs_in_its_own_process(tiny_models, tmp_path, monkeyp
 
 def test_tables_put_the_least_damage_first_and_join_seeds():
     rows = [row("a", 0.03), row("b", 0.01), row("b", 0.02, seed=1)]
-    lines = tables.table(rows).splitlines()[2:]
+    lines = tables.table(rows, {}).splitlines()[2:]
     assert [line.split("|")[1].strip() for line in lines] == ["b", "a"]
     assert "0.01 - 0.02" in lines[0]
+
+
+def test_quotients_are_paired_by_document():
+    hard_and_easy = [0.9, 0.1, 0.5, 0.2]
+    documents = {
+        "llmc-gptq-w4-g32-sym-seed0": hard_and_easy,
+        "ours-default-w4-g32-sym-seed0": [0.5 * kl for kl in hard_and_easy],
+    }
+    assert tables.quotient(row("ours-default", 0.2), documents) == "0.500 [0.5, 0.5]"
+    assert tables.quotient(row("llmc-gptq", 0.4), documents) == ""
+    assert tables.quotient(row("ours-high", 0.1), documents) == ""
+
+
+def test_documents_of_a_case_are_kept_beside_those_of_others(tmp_path):
+    for kl in (0.5, 0.25):
+        quality._keep_documents(tmp_path, "x", Case("hqq", 4, 32, symmetric=False), [kl])
+    quality._keep_documents(tmp_path, "x", Case("autoround", 4, 32, symmetric=True), [0.1])
+    found = tables._documents(tmp_path, "x")
+    assert found == {"hqq-w4-g32-asym-seed0": [0.25], "autoround-w4-g32-sym-seed0": [0.1]}
+
+
+def test_timing_takes_turns_and_reports_the_quotient_of_medians(tmp_path, monkeypatch):
+    seconds = iter([1.0, 30.0, 2.0, 10.0, 3.0, 20.0])
+    turns = []
+
+    def run_case(case, subject, tokens, *, place):
+        turns.append(case.tool)
+        return {"seconds": next(seconds)}
+
+    monkeypatch.setattr(timing, "run_case", run_case)
+    monkeypatch.setattr(timing, "calibration", lambda *a, **k: None)
+    subject = subjects.Subject("x", tmp_path, tmp_path, tmp_path, (32,), (32,))
+    found = timing._pair(("ours-default", "autoround"), subject, jobs.Place(tmp_path, tmp_path))
+    assert turns == ["ours-default", "autoround"] * 3
+    assert found["ratio"] == 10.0
 
 
 def test_the_front_holds_what_nothing_smaller_beats():
