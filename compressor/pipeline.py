@@ -234,7 +234,7 @@ def _without_paths(stage: Any) -> Any:
     changes: dict[str, Any] = {}
     data, student = getattr(stage, "data", None), getattr(stage, "student", None)
     if data is not None:
-        changes["data"] = data.model_copy(update={"source": shown_source(data.source)})
+        changes["data"] = data.renamed({name: shown_source(name) for name in data.names})
     if student is not None and student.path is not None:
         changes["student"] = student.model_copy(update={"path": shown_source(student.path)})
     return stage.model_copy(update=changes)
@@ -257,8 +257,10 @@ def _data_identity(recipe: Recipe) -> dict[str, str]:
     found = {}
     for index, stage in enumerate(recipe.stages):
         data = getattr(stage, "data", None)
-        if data is not None and Path(data.source).is_file():
-            found[f"stages.{index}.data"] = sha256_file(Path(data.source))
+        for number, name in enumerate(data.names if data is not None else ()):
+            if Path(name).expanduser().is_file():
+                key = f"stages.{index}.data" + (f".{number}" if number else "")
+                found[key] = sha256_file(Path(name).expanduser())
     return found
 
 

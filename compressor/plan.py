@@ -23,6 +23,7 @@ from compressor.modeling.checkpoint import open_checkpoint
 from compressor.modeling.hub import resolve_model
 from compressor.modeling.skeleton import Skeleton, tied_names
 from compressor.modeling.state import ModelState
+from compressor.modeling.walk import PAUSE_BYTES
 from compressor.recipe import (
     Budget,
     CalibrateConfig,
@@ -36,6 +37,7 @@ from compressor.recipe import (
     parse_size,
 )
 from compressor.recipe.budget import parse_footprint
+from compressor.recipe.data import SELF
 from compressor.stages.candidates import legal_candidates
 from compressor.stages.search import ROUNDS
 from compressor.stages.selection import (
@@ -284,8 +286,8 @@ def candidate_count(budget: Budget) -> int:
 def memory_bytes(recipe: Recipe, state: ModelState) -> int:
     """Peak memory: one block in its stored form twice, statistics, a micro-batch, the outer part.
 
-    A transform holds the block in float32 besides. Distillation and evaluation hold whole models:
-    both count as float32.
+    A transform holds the block in float32 besides. Distillation, evaluation and text that the model
+    writes itself hold whole models: they count as float32.
     """
     skeleton = state.skeleton()
     blocks = _block_weights(skeleton)
@@ -296,12 +298,25 @@ def memory_bytes(recipe: Recipe, state: ModelState) -> int:
     outer = total - sum(blocks)
     copies = 2 * stored + 4 if _transforms(recipe) else stored + 2
     walk = max(blocks) * copies + 6 * 4 * widest**2 + 3 * 4 * largest + 4 * outer
+    walk += _waiting_bytes(recipe, skeleton)
     whole = 8 * total if _holds_whole_models(recipe) else 0
     return BASE_MEMORY + max(walk, whole)
 
 
 def _holds_whole_models(recipe: Recipe) -> bool:
-    return any(isinstance(s, (DistillConfig, EvaluateConfig)) for s in recipe.stages)
+    if any(isinstance(s, (DistillConfig, EvaluateConfig)) for s in recipe.stages):
+        return True
+    return any(isinstance(s, CalibrateConfig) and SELF in s.data.names for s in recipe.stages)
+
+
+def _waiting_bytes(recipe: Recipe, skeleton: Skeleton) -> int:
+    """What micro-batches hold while they wait inside a block (`stages.statistics`), at most."""
+    if not any(isinstance(s, (QuantizeConfig, PruneConfig)) for s in recipe.stages):
+        return 0
+    rows = [s.data for s in recipe.stages if isinstance(s, CalibrateConfig)]
+    tokens = max((d.num_samples * d.seq_len for d in rows), default=0)
+    inputs = {t.shape[1] for t in block_linears(skeleton)}
+    return min(PAUSE_BYTES, 4 * tokens * (7 * min(inputs, default=0) + 3 * max(inputs, default=0)))
 
 
 def _transforms(recipe: Recipe) -> bool:
@@ -326,7 +341,7 @@ def seconds(recipe: Recipe, state: ModelState) -> float:
     for stage in recipe.stages:
         if isinstance(stage, CalibrateConfig):
             tokens = stage.data.num_samples * stage.data.seq_len
-            work += 2 * weights * tokens
+            work += (4 if SELF in stage.data.names else 2) * weights * tokens
         elif isinstance(stage, QuantizeConfig) and stage.method == "gptq":
             passes = 1 if stage.budget is None else candidate_count(stage.budget)
             work += passes * (solve + tokens * (12 * weights + hessians))

@@ -32,7 +32,7 @@ def short(tmp_path: Path) -> dict[str, Any]:
     """Keys of a distill stage that takes a second."""
     text = tmp_path / "text.txt"
     text.write_text("\n".join(" ".join(SENTENCES[i % 5 :]) for i in range(24)))
-    data = DataConfig(source=str(text), num_samples=16, seq_len=24, packing="packed")
+    data = DataConfig(source=str(text), num_samples=16, seq_len=24, packing="joined")
     steps = {"steps": 6, "checkpoint_steps": 2, "batch_size": 4, "warmup_steps": 1}
     return {"data": data, "learning_rate": 2e-3, **steps}
 
@@ -248,7 +248,7 @@ if processes.is_follower():
     processes.follow(distill.help_training)
     (folder / "follower").write_text(str(processes.join().num_processes))
 else:
-    data = DataConfig(source=str(text), num_samples=16, seq_len=24, packing="packed")
+    data = DataConfig(source=str(text), num_samples=16, seq_len=24, packing="joined")
     bench = Bench(model, folder)
     keys = {"steps": 6, "checkpoint_steps": 2, "batch_size": 4, "warmup_steps": 1}
     student = Student(num_hidden_layers=1)

@@ -29,6 +29,8 @@ from compressor.modeling.activations import ActivationStore
 from compressor.modeling.block import Block, load_block
 from compressor.modeling.state import ModelState
 
+PAUSE_BYTES = 1 << 30
+
 
 @dataclass(frozen=True, slots=True)
 class WalkOptions:
@@ -45,7 +47,7 @@ class WalkOptions:
     workdir: Path
     tokens_per_batch: int = 4096
     limit_bytes: int = 512 << 20
-    pause_bytes: int = 1 << 30
+    pause_bytes: int = PAUSE_BYTES
 
 
 class Walk:

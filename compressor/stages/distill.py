@@ -18,6 +18,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from compressor.data import TokenRows
 from compressor.errors import RecipeError
 from compressor.modeling.skeleton import parse_config
 from compressor.modeling.state import ModelState
@@ -55,7 +56,7 @@ def apply(config: DistillConfig, context: StageContext) -> StageReport:
     start, notes = make_student(config, context)
     _check_pair(config, context.original, start)
     if not _is_finished(context, len(start.blocks)):
-        rows = rows_for(config.data, context)
+        rows = _rows(config, context)
         _check_same_rows(config, context, rows.digest)
         resume = _newest(context, config)
         task = Task(config, context.original, start, rows.tokens, context.seed, resume)
@@ -69,6 +70,22 @@ def apply(config: DistillConfig, context: StageContext) -> StageReport:
     facts["teacher"] = context.original.checkpoint.digest
     state = _after(context, start, facts)
     return StageReport(state, facts | {"notes": notes})
+
+
+def _rows(config: DistillConfig, context: StageContext) -> TokenRows:
+    """The training rows.
+
+    Raises:
+        RecipeError: rows of several documents that must not see each other (RC17).
+    """
+    if config.data.packing == "packed":
+        raise RecipeError(
+            "distillation takes each row as one sequence: packing: packed is not for it",
+            code="RC17",
+            where=config.data.where("packing"),
+            fix="use packing: rows, or packing: joined if documents may see each other",
+        )
+    return rows_for(config.data, context)
 
 
 def help_training(task: Task) -> None:
