@@ -8,6 +8,7 @@ import sys
 BENCHMARKS = {
     "quality": "damage for each byte, ours and other tools'",
     "order": "the same parts in different orders: damage for each byte",
+    "transforms": "scales and rotations, with and without outlier channels",
     "memory": "peak memory of quantizing a model of 4 GB",
     "kill": "runs killed at random moments and resumed: the same bytes?",
 }
