@@ -173,10 +173,13 @@ class _Reader:
     @property
     def notes(self) -> list[str]:
         """What a person should know about how the weights are held."""
-        return [
+        notes = [
             f"{count} {label} layers have no kernel here: dequantized once, held as {self.dtype}"
             for label, count in self.dequantized.items()
         ]
+        if any(name.endswith(".k_scale") for name in self.checkpoint.tensors):
+            notes.append(f"scales of an fp8 cache are stored; keys and values stay {self.dtype}")
+        return notes
 
     def fill(self) -> None:
         """Replace every meta parameter by the checkpoint's tensor; quantized linears first."""

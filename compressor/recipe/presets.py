@@ -122,6 +122,16 @@ def loads(engine: str, preset: Preset) -> bool:
     return preset.bits in widths and preset.group_size in loader.group_sizes
 
 
+def loads_embedding(engine: str, scheme: str) -> bool:
+    """Whether an engine reads a quantized embedding; "none" is read by all.
+
+    transformers (5.23) reads int8 ones and fails on packed ones; the others read none.
+    """
+    if scheme == "none" or engine == "ours":
+        return True
+    return engine == "transformers" and scheme == "W8A16"
+
+
 def candidate_preset(label: str, group_size: int) -> Preset | None:
     """The storage a budget candidate stands for; None is "keep 16 bit"."""
     if label == KEEP:

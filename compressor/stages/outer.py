@@ -17,12 +17,13 @@ from typing import Any
 from torch import Tensor
 
 from compressor.algorithms.grid import quantize
-from compressor.artifact.formats import GROUP_SIZES, LayerFormat, ScaleDtype, fits
+from compressor.artifact.formats import GROUP_SIZES, SCALE_DTYPES, LayerFormat, ScaleDtype, fits
 from compressor.artifact.packing import dense_weight, pack_weight
 from compressor.errors import RecipeError
 from compressor.modeling.skeleton import Skeleton
-from compressor.modeling.state import ModelState
+from compressor.modeling.state import ModelState, spellings
 from compressor.recipe import QuantizeConfig
+from compressor.recipe.presets import loads_embedding
 from compressor.stages.context import StageContext
 from compressor.stages.grids import make_grid
 from compressor.stages.selection import scale_dtype, stored_dtype
@@ -35,7 +36,7 @@ GROUP = 128
 def quantize_outer(
     config: QuantizeConfig, context: StageContext, state: ModelState
 ) -> tuple[ModelState, dict[str, Any]]:
-    """Round embedding and head as the recipe says; gives the new state and facts by name.
+    """Round embedding and head as the recipe says; gives the new state, and facts with notes.
 
     Raises:
         RecipeError: a tied matrix is asked for in two formats (RC17).
@@ -50,7 +51,8 @@ def quantize_outer(
         stored = {name: fmt.as_json() for name, fmt in formats.items()}
         context.run.commit(UNIT, tensors, {"formats": stored, "facts": facts})
     file, meta = context.run.file(UNIT), context.run.meta(UNIT)
-    return replace(state, outer=file, outer_formats=formats), meta["facts"]
+    facts = {"layers": meta["facts"], "notes": outer_notes(formats, config)}
+    return replace(state, outer=file, outer_formats=formats), facts
 
 
 def outer_names(skeleton: Skeleton) -> tuple[str, str]:
@@ -77,12 +79,54 @@ def outer_formats(
                 fix="ask for the same scheme, or leave one of them out",
             )
         scheme = next(iter(chosen.values()))
+        _check_table(config, scheme)
         fmt = _format(scheme, skeleton, scales, is_table=True)
         return {embedding: fmt, head: fmt}
     return {
         name: _format(scheme, skeleton, scales, is_table=name == embedding)
         for name, scheme in chosen.items()
     }
+
+
+def outer_notes(formats: dict[str, LayerFormat], config: QuantizeConfig) -> list[str]:
+    """What a person should know about a quantized head or embedding."""
+    notes = []
+    if len(formats) == 2 and len(set(formats.values())) == 1:
+        notes.append(f"quantized outside of the blocks: {', '.join(formats)}")
+    others = [e for e in config.engines if e not in ("ours", "transformers")]
+    if formats and others:
+        notes.append(f"not checked: whether {', '.join(others)} loads a quantized head")
+    return notes
+
+
+def outer_bytes(config: QuantizeConfig, state: ModelState) -> tuple[int, int]:
+    """Bytes of embedding and head where they are quantized: before and after."""
+    skeleton = state.skeleton()
+    formats = outer_formats(config, skeleton, scale_dtype(config, stored_dtype(state)))
+    rows, columns = skeleton.model.get_input_embeddings().weight.shape
+    after = {name: fmt.packed_bytes((rows, columns)) for name, fmt in formats.items()}
+    before = 0
+    for name, fmt in formats.items():
+        on_disk = [s for s in spellings(f"{name}.weight") if s in state.checkpoint.tensors]
+        tied_copy = f"{name}.weight" not in skeleton.outer_names()
+        if tied_copy:
+            after[name] = rows * fmt.num_groups(columns) * SCALE_DTYPES[fmt.scale_dtype].itemsize
+        if on_disk:
+            before += state.checkpoint.tensors[on_disk[0]].nbytes
+    return before, sum(after.values())
+
+
+def _check_table(config: QuantizeConfig, scheme: str) -> None:
+    """A tied matrix is stored as an embedding, whatever key asked for it."""
+    for engine in config.engines:
+        if not loads_embedding(engine, scheme):
+            raise RecipeError(
+                f"engine {engine} does not read {scheme} embeddings, and this model's head is "
+                "tied to its embedding",
+                code="RC17",
+                where=config.where("head" if config.head != "none" else "embeddings"),
+                fix="W8A16 loads in transformers and ours, W4A16 in ours alone",
+            )
 
 
 def _format(scheme: str, skeleton: Skeleton, scales: ScaleDtype, *, is_table: bool) -> LayerFormat:

@@ -55,7 +55,7 @@ def add_ranges(context: StageContext, state: ModelState, *, kv_cache: bool) -> M
     walk = Walk(state, context.tokens, context.walk_options())
     stream = walk.open_stream(f"{TAG}stream")
     for position in range(walk.num_blocks):
-        unit = f"{TAG}block-{position:04d}"
+        unit = _unit(state, position)
         source = state.read_block(position, walk.skeleton)
         block = load_block(walk.skeleton, position, source)
         with _Ranges(block, kv_cache=kv_cache) as ranges, torch.no_grad():
@@ -69,6 +69,12 @@ def add_ranges(context: StageContext, state: ModelState, *, kv_cache: bool) -> M
         state = state.with_block(position, context.run.file(unit), context.run.meta(unit))
     stream.close()
     return state
+
+
+def _unit(state: ModelState, position: int) -> str:
+    """Named after the unit whose weights it repeats: another attempt has other units."""
+    file = state.blocks[position].file
+    return f"{TAG}{file.stem if file is not None else f'block-{position:04d}'}"
 
 
 class _Ranges:

@@ -119,6 +119,24 @@ def transformers_notes(config: QuantizeConfig, targets: tuple[Target, ...]) -> l
         )
     if len(presets) > 1 and any(".experts." in t.name for t in targets):
         notes.append("transformers (5.23) misreads experts whose format differs between layers")
+    if any(".experts." in t.name for t in targets):
+        notes += _expert_notes([preset for preset in presets if preset is not None])
+    return notes
+
+
+def _expert_notes(presets: list[Preset]) -> list[str]:
+    """What transformers 5.23 makes of experts in the fixed formats (test_formats_artifact)."""
+    known = {label: preset for label, preset in SCHEMES.items() if preset in presets}
+    notes = []
+    if "W8A8" in known:
+        notes.append("transformers (5.23) cannot load W8A8 experts")
+    for label in ("NVFP4", "NVFP4A16"):
+        if label in known:
+            notes.append(f"transformers (5.23) misreads {label} experts: no global scale")
+    rounded = [label for label, preset in known.items() if preset.activations != "none"]
+    if rounded:
+        text = "does not round the inputs of experts, as other engines and we do"
+        notes.append(f"transformers (5.23) {text}: {', '.join(rounded)}")
     return notes
 
 
