@@ -19,6 +19,7 @@ from compressor.errors import CompressError, Interrupted, RecipeError, Unsupport
 from compressor.modeling.load import load_model
 from compressor.modeling.state import ModelState
 from compressor.recipe import TransformConfig, parse_recipe
+from tests import fixtures_models
 from tests.fixtures_models import ARCHITECTURES, build
 from tests.fixtures_stages import Bench, export, groups_hold, logits, token_rows, units, weights
 from tests.stage_fixtures import W4, build_artifact
@@ -92,6 +93,36 @@ def test_rotation_leaves_the_logits_of_every_architecture_it_accepts(
     after = report.state.read_block(0, report.state.skeleton()).tensors
     matrices = [n for n, t in before.items() if t.ndim == 2]
     assert all(relative(after[n].float(), before[n].float()) > 0.1 for n in matrices)
+
+
+GROUPED = fixtures_models._GROUPED
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+MULTIPLIED = {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0}
+
+
+@pytest.mark.parametrize("keys", [AWQ, {"method": "rotate"}])
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("phi", fixtures_models._COMMON),  # one norm feeds attention and MLP
+        ("phi3", {**GROUPED, "pad_token_id": 0}),  # q, k, v in one matrix; gate and up in another
+        ("qwen2_moe", {**GROUPED, **EXPERTS, "shared_expert_intermediate_size": 96}),
+        ("granite", {**GROUPED, **MULTIPLIED}),
+        ("cohere", {**GROUPED, "logit_scale": 0.25}),  # LayerNorm without bias, parallel
+        ("gemma", {**GROUPED, "head_dim": 32}),  # 1 + w and no post-norms
+    ],
+)
+def test_other_structures_are_found_without_being_listed(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model_type: str,
+    settings: dict[str, Any],
+    keys: dict[str, Any],
+) -> None:
+    monkeypatch.setitem(fixtures_models._CONFIGS, model_type, (model_type, settings))
+    bench = Bench(build(model_type, tmp_path / "model"), tmp_path / "run")
+    state = bench.apply(bench.original, "transform", **keys).state
+    assert relative(logits(state, TOKENS), logits(bench.original, TOKENS)) < 1e-4
 
 
 @pytest.mark.parametrize("name", SANDWICHED)
