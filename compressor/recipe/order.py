@@ -15,7 +15,14 @@ from compressor.errors import RecipeError
 from compressor.recipe.base import Part
 from compressor.recipe.models import DistillConfig, PruneConfig, Recipe
 from compressor.recipe.patterns import check_patterns
-from compressor.recipe.presets import LOADERS, SCHEMES, Preset, candidate_preset, loads
+from compressor.recipe.presets import (
+    LOADERS,
+    SCHEMES,
+    Preset,
+    candidate_preset,
+    loads,
+    loads_embedding,
+)
 from compressor.recipe.quantization import QuantizeConfig
 from compressor.recipe.transforms import TransformConfig
 
@@ -36,7 +43,7 @@ def check_order(recipe: Recipe) -> None:
 def needs_calibration(stage: Part) -> str:
     """Why a stage needs calibration tokens; empty if it does not."""
     if isinstance(stage, QuantizeConfig):
-        if stage.method == "gptq":
+        if not stage.is_data_free:
             return "gptq solves against activations"
         if stage.budget is not None:
             return "a budget is spent by measured sensitivity"
@@ -209,6 +216,20 @@ def _fixed_schemes_are_fixed(recipe: Recipe, index: int) -> None:
             )  # fmt: skip
 
 
+def _embeddings_are_readable(recipe: Recipe, index: int) -> None:
+    stage = recipe.stages[index]
+    if not isinstance(stage, QuantizeConfig):
+        return
+    for engine in stage.engines:
+        if not loads_embedding(engine, stage.embeddings):
+            raise RecipeError(
+                f"engine {engine} (line {stage.where('engines').line or '-'}) does not read "
+                f"{stage.embeddings} embeddings",
+                code="RC17", where=stage.where("embeddings"),
+                fix="W8A16 loads in transformers and ours, W4A16 in ours alone; change either",
+            )  # fmt: skip
+
+
 def _patterns_are_safe(recipe: Recipe, index: int) -> None:
     stage = recipe.stages[index]
     for key in ("targets", "ignore", "protect"):
@@ -288,6 +309,7 @@ _CHECKS: tuple[Callable[[Recipe, int], None], ...] = (
     _budget_is_reachable,
     _engines_can_read,
     _fixed_schemes_are_fixed,
+    _embeddings_are_readable,
     _patterns_are_safe,
     _transforms_dense_weights,
     _hidden_states_comparable,

@@ -3,14 +3,14 @@
 # ruff: noqa: RUF012 (pydantic copies mutable defaults)
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from compressor.recipe.base import Part
 from compressor.recipe.budget import Budget
 from compressor.recipe.presets import DEFAULT_GROUP_SIZE, SCHEMES, Preset
-from compressor.recipe.types import Fraction, Text
+from compressor.recipe.types import Fraction, PositiveInt, Text
 
 Scheme = Literal[
     "W2A16", "W3A16", "W4A16", "W5A16", "W6A16", "W7A16", "W8A16",
@@ -27,6 +27,26 @@ Candidate = Literal[
 OuterScheme = Literal["none", "W8A16", "W4A16"]
 
 
+class Learning(Part):
+    """Learned rounding (`effort: high` and `max`); rates are in steps of the grid."""
+
+    steps: PositiveInt = 100
+    batch_size: PositiveInt = 8
+    rate: Annotated[float, Field(gt=0.0, le=1.0)] = 0.02
+    scale_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.005
+
+
+class Recovery(Part):
+    """Training of scales, norms and biases through the whole model (`effort: max`)."""
+
+    steps: PositiveInt = 200
+    batch_size: PositiveInt = 8
+    rate: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-3
+    own_rows: Annotated[int, Field(ge=0)] = Field(
+        default=512, description="rows that the model writes itself, beside the calibration rows"
+    )
+
+
 class QuantizeConfig(Part):
     """Store linear layers in few bits: one scheme for all, or a mixture within a budget."""
 
@@ -36,6 +56,12 @@ class QuantizeConfig(Part):
     group_size: Literal[16, 32, 64, 128, -1] | None = None
     symmetric: bool | None = None
     method: Literal["rtn", "gptq"] = "gptq"
+    effort: Literal["fast", "default", "high", "max"] = Field(
+        default="default",
+        description="fast: no data; default: GPTQ; high: learned rounding; max: and recovery",
+    )
+    learning: Learning = Field(default_factory=Learning)
+    recovery: Recovery = Field(default_factory=Recovery)
     targets: list[Text] = ["linear"]
     ignore: list[Text] = ["lm_head"]
     protect: list[Text] = []
@@ -62,6 +88,27 @@ class QuantizeConfig(Part):
     ]  # fmt: skip
     scores: Literal["auto", "output_fisher", "swap_in_kl"] = "auto"
     engines: list[Literal["transformers", "vllm", "sglang", "ours"]] = ["ours", "transformers"]
+
+    @model_validator(mode="after")
+    def _effort_agrees(self) -> Self:
+        learns = self.learns
+        if learns and self.method == "rtn":
+            raise ValueError("effort high and max learn from activations; leave method away")
+        if "learning" in self.model_fields_set and not learns:
+            raise ValueError("learning has an effect with effort high and max only")
+        if "recovery" in self.model_fields_set and self.effort != "max":
+            raise ValueError("recovery has an effect with effort max only")
+        return self
+
+    @property
+    def is_data_free(self) -> bool:
+        """Whether weights are rounded without looking at activations."""
+        return self.method == "rtn" or self.effort == "fast"
+
+    @property
+    def learns(self) -> bool:
+        """Whether rounding is learned from activations."""
+        return self.effort in ("high", "max")
 
     @property
     def labels(self) -> list[str]:

@@ -22,6 +22,7 @@ from compressor.stages.blockwise import Rewritten, Sweep, change_blocks
 from compressor.stages.budget import protect_most_sensitive
 from compressor.stages.context import StageContext, StageReport
 from compressor.stages.expert_statistics import expert_notes
+from compressor.stages.learned import block_learner
 from compressor.stages.outer import quantize_outer
 from compressor.stages.ranges import add_ranges, needs_input_scales
 from compressor.stages.repair import repair_blocks
@@ -104,7 +105,7 @@ def materialise(
     taken over from it.
     """
     by_block = _by_block(formats, context.state)
-    if config.method == "rtn" or context.tokens is None:
+    if config.is_data_free or context.tokens is None:
         return change_blocks(
             context,
             lambda position, block: round_to_nearest(block, by_block[position], config),
@@ -135,6 +136,7 @@ def _materialise_gptq(
 ) -> Rewritten:
     sweep = Sweep(context, tag=tag)
     solver = BlockSolver(sweep.walk, sweep.streams, config, sweep.rows)
+    learner = block_learner(config, context, sweep) if config.learns else None
     same = 0 if base is None else _num_same(base, by_block)
 
     def rewrite(
@@ -144,7 +146,11 @@ def _materialise_gptq(
             done = base.read_block(position, sweep.walk.skeleton)
             return done, base.blocks[position].meta.get("facts", {})
         block = load_block(sweep.walk.skeleton, position, source)
-        facts = solver.solve(position, original, block, by_block[position])
+        formats = by_block[position]
+        facts = solver.solve(position, original, block, formats)
+        if learner is not None and formats:
+            learned = learner.improve(position, original, source, (block, formats))
+            facts = {name: fact | learned for name, fact in facts.items()}
         return block_tensors(block, source), facts
 
     return sweep.run(rewrite)

@@ -118,7 +118,7 @@ def _round_option(
     block: Block, hessians: dict[str, Tensor], formats: dict[str, LayerFormat], config: Any
 ) -> None:
     """Round some linears of a block in place, as the stage will when nothing else is rounded."""
-    if config.method == "rtn":
+    if config.is_data_free:
         round_to_nearest(block, formats, config)
         return
     for name, fmt in formats.items():
@@ -179,7 +179,7 @@ def fisher_scores(
     walk = Walk(context.state, context.tokens, context.walk_options())
     rows = _scoring_rows(walk)
     inputs = _block_inputs(walk, rows)
-    gradient = _head_gradient(walk, inputs.pop(), rows, context.seed)
+    gradient = head_gradient(walk, inputs.pop(), rows, context.seed)
     scores: Scores = {}
     for position in reversed(range(walk.num_blocks)):
         block = walk.load(position)
@@ -203,7 +203,7 @@ def _block_inputs(walk: Walk, rows: slice) -> list[Tensor]:
     return inputs
 
 
-def _head_gradient(walk: Walk, hidden: Tensor, rows: slice, seed: int) -> Tensor:
+def head_gradient(walk: Walk, hidden: Tensor, rows: slice, seed: int) -> Tensor:
     """Gradient [R, T, D] of the log-likelihood of tokens drawn from the model's own output."""
     generator = torch.Generator().manual_seed(seed)
     gradients = []

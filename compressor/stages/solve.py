@@ -58,7 +58,8 @@ class BlockSolver:
     """Quantizes the blocks of one walk with GPTQ; knows the streams and the calibration rows."""
 
     def __init__(self, walk: Walk, streams: Streams, config: QuantizeConfig, rows: slice) -> None:
-        collection = Collection(config.asymmetric_target, config.true_sequential, final=True)
+        final = not config.learns  # learning changes the block once more
+        collection = Collection(config.asymmetric_target, config.true_sequential, final=final)
         self.statistics = BlockStatistics(walk, streams, rows, collection)
         self.config = config
 
