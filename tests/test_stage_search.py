@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from compressor.errors import RecipeError
 from compressor.recipe import Budget, QuantizeConfig
@@ -18,6 +19,7 @@ from compressor.stages.held_out import is_better
 from compressor.stages.latency import DEVICES, find_device
 from compressor.stages.prediction import Curve
 from compressor.stages.selection import select
+from tests.fixtures_models import build
 from tests.stage_fixtures import PACK, W4, Bench, random_rows
 
 Models = Callable[[str], Path]
@@ -121,6 +123,22 @@ def test_a_profile_of_another_model_is_refused(tiny_models: Models, tmp_path: Pa
     with pytest.raises(RecipeError, match="not of this model") as caught:
         mixed(tiny_models("gpt_neox"), tmp_path / "b", average_bits=5.0, profile=kept)
     assert caught.value.code == "KI13"
+
+
+def test_a_profile_of_other_weights_of_the_same_shape_is_not_used(
+    tiny_models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMPRESSOR_CACHE", str(tmp_path / "cache"))
+    scores = []
+    for name in ("same", "other"):
+        path = build("llama", tmp_path / name)
+        tensors = load_file(path / "model.safetensors")
+        if name == "other":
+            tensors["model.layers.0.mlp.up_proj.weight"] *= 3
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+        found = mixed(path, tmp_path / f"run-{name}", average_bits=5.0, profile="auto")
+        scores.append(found.facts["allocation"]["scores"])
+    assert scores[0] != scores[1]
 
 
 def test_the_smallest_model_that_holds_a_kl_holds_it_when_measured(

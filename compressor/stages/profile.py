@@ -1,10 +1,10 @@
 """The sensitivity profile: scores of units by format, kept so that the next budget costs nothing.
 
-A profile belongs to a model (digest of weights), calibration rows (digest) and the settings of the
-quantizer; budgets, candidates and engines are free: an option that is not in the profile is scored
-and added. It lies in three places: the run folder (so a killed run goes on), the user's cache
-($COMPRESSOR_CACHE, or $XDG_CACHE_HOME/compressor, or ~/.cache/compressor), or a file that the
-recipe names (`budget.profile`), which must fit.
+A profile belongs to a model (digest of every weight), to calibration rows (digest) and to the
+settings of the quantizer; budgets, candidates and engines are free: an option that is not in the
+profile is scored and added. It lies in three places: the run folder (so a killed run goes on), the
+user's cache ($COMPRESSOR_CACHE, or $XDG_CACHE_HOME/compressor, or ~/.cache/compressor), or a file
+that the recipe names (`budget.profile`), which must fit.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def _model_identity(context: StageContext) -> list[Any]:
     state = context.state
     files = [(ref.index, sha256_file(ref.file) if ref.file else "") for ref in state.blocks]
     outer = sha256_file(state.outer) if state.outer else ""
-    return [state.checkpoint.digest, state.config, files, outer]
+    return [state.checkpoint.content_digest(), state.config, files, outer]
 
 
 def _digest(value: Any) -> str:
