@@ -233,3 +233,38 @@ def test_open_checkpoint_reads_every_dtype(built: Any) -> None:
     checkpoint = open_checkpoint(built("FP8A16").artifact)
     name = "model.layers.0.mlp.down_proj.weight"
     assert checkpoint.read(name, check_finite=True).dtype == torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize("keys", [
+    {"scheme": "NVFP4", "embeddings": "W8A16", "kv_cache": "fp8"},
+    {"scheme": "W8A8", "head": "W4A16"},
+], ids=["floats", "bytes"])  # fmt: skip
+def test_our_server_generates_what_the_model_generates(built: Any, keys: dict[str, Any]) -> None:
+    from compressor.serve.offline import generate_text
+    from compressor.serve.options import ServeOptions
+    from compressor.serve.sequence import SamplingParams
+    from compressor.serve.smoke import run_smoke
+
+    artifact = built(**keys).artifact
+    options = ServeOptions(num_blocks=64)
+    report = run_smoke(artifact, options, new_tokens=4)
+    assert all(c["ok"] for c in report["checks"] if c["name"] != "resident bytes"), report
+    params = SamplingParams(max_tokens=6, temperature=0.0)
+    texts = generate_text(artifact, ["The quick brown"], params=params, options=options)
+    assert texts
+
+
+def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    from compressor.errors import Interrupted
+    from tests.stage_fixtures import unit_files
+
+    model = build("llama_tied", tmp_path / "model")
+    stage = {"kind": "quantize", "scheme": "NVFP4", "embeddings": "W8A16", "kv_cache": "fp8"}
+    straight = Bench(model, tmp_path / "a", random_rows())
+    straight.run(stage)
+    broken = Bench(model, tmp_path / "b", random_rows())
+    with pytest.raises(Interrupted):
+        broken.run(stage, stop_at=2)
+    broken.run(stage)
+    assert unit_files(tmp_path / "a") == unit_files(tmp_path / "b")
+    assert any("ranges-" in name for name in unit_files(tmp_path / "a"))

@@ -6,6 +6,8 @@ dense (`plan.name` is "dense", `plan.reason` says so). Inputs are rounded as the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +15,25 @@ from torch import Tensor, nn
 
 from compressor.algorithms.input_rounding import round_inputs
 from compressor.artifact.packing import PackedWeight, dense_weight
+from compressor.recipe.presets import Activations
 from compressor_kernels.dispatch import LinearPlan, LinearSpec, plan_for
+
+
+@contextmanager
+def unrounded_inputs(model: nn.Module) -> Iterator[None]:
+    """Within it no packed layer of the model rounds its inputs.
+
+    For comparing two ways of computing: a sum at the edge of two levels may fall to either side.
+    """
+    layers = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    kinds = [layer.activations for layer in layers]
+    try:
+        for layer in layers:
+            layer.activations = "none"
+        yield
+    finally:
+        for layer, kind in zip(layers, kinds, strict=True):
+            layer.activations = kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +67,7 @@ class PackedLinear(nn.Module):
             fmt.bits, fmt.group_size, fmt.symmetric, packed.shape, dtype, fmt.stored, fmt.block
         )
         self.plan: LinearPlan = plan_for(device, spec)
-        self.activations = fmt.activations
+        self.activations: Activations = fmt.activations
         known = packed.tensors.get("input_global_scale")
         self.register_buffer(
             "input_global_scale", None if known is None else known.to(device), persistent=False

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import UnsupportedError, printable
+from compressor.modeling.packed_linear import unrounded_inputs
 from compressor.serve import attention
 from compressor.serve.attention import Chunk, KVCache, PagedBatch, Probe
 from compressor.serve.scheduler import Scheduled
@@ -103,12 +104,13 @@ class ModelRunner:
         generator = torch.Generator().manual_seed(0)
         length = min(_SELF_CHECK_TOKENS, self._max_check_tokens())
         ids = torch.randint(0, vocab_size, (length,), generator=generator).tolist()
-        paged = self._paged_logits(ids)
-        self._switch("eager")
-        try:
-            expected = self._forward(ids, list(range(length)), list(range(length)))
-        finally:
-            self._switch(attention.IMPLEMENTATION)
+        with unrounded_inputs(self.model):
+            paged = self._paged_logits(ids)
+            self._switch("eager")
+            try:
+                expected = self._forward(ids, list(range(length)), list(range(length)))
+            finally:
+                self._switch(attention.IMPLEMENTATION)
         error = float((paged - expected).norm() / expected.norm().clamp_min(1e-6))
         if not error <= _TOLERANCE.get(self.dtype, 0.15):
             raise UnsupportedError(
