@@ -237,6 +237,11 @@ def _without_paths(stage: Any) -> Any:
         changes["data"] = data.renamed({name: shown_source(name) for name in data.names})
     if student is not None and student.path is not None:
         changes["student"] = student.model_copy(update={"path": shown_source(student.path)})
+    budget = getattr(stage, "budget", None)
+    if budget is not None:
+        named = {key: getattr(budget, key) for key in ("profile", "device")}
+        shown = {key: Path(value).name for key, value in named.items() if value is not None}
+        changes["budget"] = budget.model_copy(update=shown)
     return stage.model_copy(update=changes)
 
 

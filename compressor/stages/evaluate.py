@@ -14,7 +14,7 @@ import torch
 
 import compressor
 from compressor.data import TokenRows, one_document_a_row, token_rows
-from compressor.errors import CheckpointError, GateError, Where
+from compressor.errors import CheckpointError, GateError, RecipeError, Where
 from compressor.modeling.hub import resolve_model
 from compressor.modeling.load import LoadedModel, load_model
 from compressor.recipe import DataConfig, EvaluateConfig
@@ -52,8 +52,16 @@ def evaluate_pair(
     """`compress eval`: compare two folders, write the report into `out_dir`, judge by the gate.
 
     Raises:
+        RecipeError: the gate asks for a repair.
         GateError: the gate failed or could not be decided (the report is written first).
     """
+    if config.gate is not None and config.gate.on_fail == "repair":
+        raise RecipeError(
+            "a finished artifact can be judged, but not repaired",
+            code="RC17",
+            where=config.where("gate.on_fail"),
+            fix="use on_fail: repair in a recipe with a quantize stage",
+        )
     facts = evaluate_models(config, resolve_model(base).path, Path(artifact))
     out_dir.mkdir(parents=True, exist_ok=True)
     write_report(
