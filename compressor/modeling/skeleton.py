@@ -9,6 +9,7 @@ tables, final norm, head - in transformers' own code, for every architecture.
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class _Stub(nn.Module):
 
 
 def _named(stub: _Stub, args: tuple[Any, ...]) -> dict[str, Any]:
-    names = stub._block[0].forward.__code__.co_varnames[2:]
+    names = list(inspect.signature(stub._block[0].forward).parameters)[1:]  # behind `hidden`
     return dict(zip(names, args, strict=False))
 
 
