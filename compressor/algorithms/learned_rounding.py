@@ -128,7 +128,7 @@ class Schedule:
     steps: int
     rate: float
     factor_rate: float
-    judge_every: int = 10
+    judge_every: int = 20
 
 
 @dataclass(frozen=True, slots=True)

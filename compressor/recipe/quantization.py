@@ -30,9 +30,9 @@ OuterScheme = Literal["none", "W8A16", "W4A16"]
 class Learning(Part):
     """Learned rounding (`effort: high` and `max`); rates are in steps of the grid."""
 
-    steps: PositiveInt = 100
-    batch_size: PositiveInt = 8
-    rate: Annotated[float, Field(gt=0.0, le=1.0)] = 0.02
+    steps: PositiveInt = 160
+    batch_size: PositiveInt = 4
+    rate: Annotated[float, Field(gt=0.0, le=1.0)] = 0.0175
     scale_rate: Annotated[float, Field(ge=0.0, le=1.0)] = 0.005
 
 
@@ -41,7 +41,7 @@ class Recovery(Part):
 
     steps: PositiveInt = 200
     batch_size: PositiveInt = 8
-    rate: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-3
+    rate: Annotated[float, Field(gt=0.0, le=1.0)] = 2e-3
     own_rows: Annotated[int, Field(ge=0)] = Field(
         default=512, description="rows that the model writes itself, beside the calibration rows"
     )

@@ -138,6 +138,10 @@ class StageRun:
         self._checked: set[str] = set()
         self._since = time.monotonic()
 
+    def part(self, name: str) -> StageRun:
+        """A journal of its own for a part of the stage."""
+        return StageRun(self._run, f"{self.name}-{name}")
+
     def is_done(self, unit: str) -> bool:
         """Is the unit finished and its file intact? If not, later units are done again too."""
         record = self._run.journal.find(self.name, unit)

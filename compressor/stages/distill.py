@@ -11,6 +11,7 @@ is the state with the least KL on held-out rows, the start included: it never ge
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,23 @@ def apply(config: DistillConfig, context: StageContext) -> StageReport:
     """
     start, notes = make_student(config, context)
     _check_pair(config, context.original, start)
+    report = teach(config, context, start, lambda: _rows(config, context))
+    return replace(report, facts=report.facts | {"notes": notes + report.facts["notes"]})
+
+
+def teach(
+    config: DistillConfig,
+    context: StageContext,
+    start: ModelState,
+    rows_of: Callable[[], TokenRows],
+) -> StageReport:
+    """Train the student `start` on rows, unless that is done; give the best state.
+
+    `rows_of` is called only if there is something left to train.
+    """
+    notes: list[str] = []
     if not _is_finished(context, len(start.blocks)):
-        rows = _rows(config, context)
+        rows = rows_of()
         _check_same_rows(config, context, rows.digest)
         resume = _newest(context, config)
         task = Task(config, context.original, start, rows.tokens, context.seed, resume)
@@ -65,7 +81,7 @@ def apply(config: DistillConfig, context: StageContext) -> StageReport:
         _write(context, training, start)
     facts = context.run.meta(FINISHED)
     if facts["best_step"] == 0:
-        notes = [*notes, "no step was better than the start on held-out rows: the start is kept"]
+        notes = ["no step was better than the start on held-out rows: the start is kept"]
     facts["losses"] = _losses(context, config)
     facts["teacher"] = context.original.checkpoint.digest
     state = _after(context, start, facts)
@@ -159,16 +175,17 @@ def chosen_slots(config: DistillConfig, slots: list[Slot]) -> list[Slot]:
     """The parameters that learn, by `train`.
 
     auto: scales, dense weights, norms and biases, and embeddings if nothing is quantized.
-    weights: everything but scales. scales: nothing but scales.
+    weights: everything but scales. scales: nothing but scales. scales_and_norms: and norms, biases.
     """
     quantized = any(s.kind == "scale" for s in slots)
     kinds = {
         "auto": {"scale", "weight", "vector"} | (set() if quantized else {"table"}),
         "weights": {"weight", "vector", "table"},
         "scales": {"scale"},
+        "scales_and_norms": {"scale", "vector"},
     }[config.train]
     chosen = [s for s in slots if s.kind in kinds]
-    needed = {"weights": "weight", "scales": "scale"}.get(config.train)
+    needed = {"weights": "weight", "scales": "scale", "scales_and_norms": "scale"}.get(config.train)
     if needed and not any(s.kind == needed for s in chosen):
         raise RecipeError(
             f"train: {config.train} finds nothing to train: "

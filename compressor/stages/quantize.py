@@ -25,6 +25,7 @@ from compressor.stages.expert_statistics import expert_notes
 from compressor.stages.learned import block_learner
 from compressor.stages.outer import quantize_outer
 from compressor.stages.ranges import add_ranges, needs_input_scales
+from compressor.stages.recovery import recover, with_own_rows
 from compressor.stages.repair import repair_blocks
 from compressor.stages.search import mix
 from compressor.stages.selection import fallbacks, select, uniform_formats
@@ -41,6 +42,8 @@ def apply(config: QuantizeConfig, context: StageContext) -> StageReport:
     skeleton = context.state.skeleton()
     selection = select(config, skeleton)
     _check_dense(context.state, config)
+    if config.effort == "max":
+        context = with_own_rows(config, context)
     notes: list[str] = list(selection.notes)
     uniform = uniform_formats(config, selection, context.state)
     make = partial(materialise, config, context)
@@ -57,7 +60,10 @@ def apply(config: QuantizeConfig, context: StageContext) -> StageReport:
     else:
         chosen, facts = mix(config, context, selection, make)
     notes += facts.get("search_notes", [])
-    state, outer = quantize_outer(config, context, chosen.state)
+    state = chosen.state
+    if config.effort == "max" and any(ref.meta.get("formats") for ref in state.blocks):
+        state, facts["recovery"] = recover(config, context, state)
+    state, outer = quantize_outer(config, context, state)
     if needs_input_scales(state) or config.kv_cache != "none":
         state = add_ranges(context, state, kv_cache=config.kv_cache != "none")
     notes += _numeric_notes(chosen.linears) + expert_notes(chosen.linears)
