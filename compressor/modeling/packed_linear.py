@@ -19,6 +19,12 @@ from compressor.recipe.presets import Activations
 from compressor_kernels.dispatch import LinearPlan, LinearSpec, plan_for
 
 
+def rounds_inputs(model: nn.Module) -> bool:
+    """Whether a packed layer of the model rounds its inputs."""
+    layers = (m for m in model.modules() if isinstance(m, PackedLinear))
+    return any(layer.activations != "none" for layer in layers)
+
+
 @contextmanager
 def unrounded_inputs(model: nn.Module) -> Iterator[None]:
     """Within it no packed layer of the model rounds its inputs.
