@@ -14,6 +14,7 @@ from torch import Tensor
 from compressor.algorithms.hessian import HessianAccumulator
 from compressor.modeling.activations import ActivationStore
 from compressor.modeling.block import input_phases, inputs_of
+from compressor.modeling.families import EXPERT
 from compressor.modeling.smooth_pairs import SmoothPair
 from compressor.modeling.walk import Walk
 from compressor.stages.transform_proof import Question
@@ -70,7 +71,10 @@ def collect(
     wanted = {n: p for p in pairs for n in p.readers if n in block.linears}
     missing = {id(p): sum(1 for n in p.readers if n in block.linears) for p in pairs}
     gathered: dict[int, list[InputSize]] = {id(p): [] for p in pairs}
-    for phase in input_phases(block, inputs.stream.read(one), walk.kwargs(one, position)):
+    phases = input_phases(block, inputs.stream.read(one), walk.kwargs(one, position))
+    if not any(map(EXPERT.match, block.linears)):  # one pass; experts' matrices come in two
+        phases = [[group for phase in phases for group in phase]]
+    for phase in phases:
         groups = [[n for n in g if n in wanted] for g in phase]
         groups = [g for g in groups if g]
         sums = {g[0]: _Accumulator(block.linears[g[0]].shape[1]) for g in groups}
