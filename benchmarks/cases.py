@@ -15,9 +15,8 @@ BUDGETS = (2.5, 3.0, 3.5, 4.25)
 
 # Settings of our quantize stage. `default` is what a recipe without any setting gets.
 OURS: dict[str, dict[str, Any]] = {
-    "ours-rtn": {"method": "rtn"},
-    "ours-gptq": {"asymmetric_target": False},
     "ours-fast": {"effort": "fast"},
+    "ours-gptq": {"asymmetric_target": False},
     "ours-default": {},
     "ours-high": {"effort": "high"},
     "ours-max": {"effort": "max"},
@@ -35,6 +34,7 @@ PEERS: dict[str, str] = {
     "gptqmodel": "b",
     "autoround": "a",
 }
+DATA_FREE = ("ours-fast", "llmc-rtn", "hqq", "torchao-rtn", "torchao-hqq")
 ASYMMETRIC_ONLY = ("hqq",)
 SYMMETRIC_ONLY = ("torchao-hqq",)
 NEEDS_ACCELERATOR = {"torchao-int4": "Int4WeightOnlyConfig packs with CUDA or XPU libraries only"}
@@ -91,4 +91,4 @@ def _of_tool(tool: str, groups: tuple[int, ...], bits: list[int], seeds: int) ->
 
 def _has_seeds(tool: str) -> bool:
     """Whether the calibration rows change the result."""
-    return "rtn" not in tool and "hqq" not in tool
+    return tool not in DATA_FREE

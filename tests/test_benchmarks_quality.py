@@ -11,9 +11,7 @@ from benchmarks import cases, jobs, ours, peers, quality, scoring, subjects, tab
 from benchmarks.cases import Case
 from compressor.artifact.formats import LayerFormat
 from compressor.modeling.checkpoint import open_checkpoint
-from compressor.recipe import QuantizeConfig, parse_recipe
-
-HAS_EFFORT = "effort" in QuantizeConfig.model_fields
+from compressor.recipe import parse_recipe
 
 
 def all_cases() -> list[Case]:
@@ -43,7 +41,7 @@ def test_tools_run_only_on_grids_they_have():
 def test_only_tools_that_read_the_calibration_rows_get_several_seeds():
     seeded = {c.tool for c in all_cases() if c.seed == 2}
     assert {"llmc-gptq", "ours-default", "autoround"} <= seeded
-    assert not seeded & {"llmc-rtn", "ours-rtn", "hqq", "torchao-rtn", "torchao-hqq"}
+    assert not seeded & {"llmc-rtn", "ours-fast", "hqq", "torchao-rtn", "torchao-hqq"}
 
 
 def test_budgets_are_ours_alone():
@@ -53,8 +51,6 @@ def test_budgets_are_ours_alone():
 
 @pytest.mark.parametrize("tool", list(cases.OURS))
 def test_the_settings_of_our_variants_are_recipes(tool):
-    if "effort" in cases.OURS[tool] and not HAS_EFFORT:
-        pytest.skip("the quantize stage has no effort yet")
     for case in (Case(tool, 3, 32, symmetric=False), Case(tool, None, -1, True, budget=3.5)):
         job = {"model": "m", "out": "o", "data": {}, "settings": jobs.settings_of(case)}
         parse_recipe(json.dumps(ours.recipe_of(job)), file="case")
@@ -178,7 +174,7 @@ def test_one_of_our_cases_runs_in_its_own_process(tiny_models, tmp_path, monkeyp
     text.write_text("\n".join(lines))
     subject = subjects.Subject("tiny", tiny_models("llama"), text, text, (32,), (32,))
     tokens = subjects.calibration(subject, 1, work=tmp_path)
-    place, case = jobs.Place(tmp_path, tmp_path), Case("ours-rtn", 4, 32, symmetric=True)
+    place, case = jobs.Place(tmp_path, tmp_path), Case("ours-fast", 4, 32, symmetric=True)
     line = jobs.run_case(case, subject, tokens, place=place)
     assert line["seconds"] >= 0, line
     assert line["peak_mib"] > 0
