@@ -102,8 +102,6 @@ def _card(
     for (_, linear), fmt in formats.items():
         key = (_kind(linear), fmt.label if fmt else "dense")
         counts[key] = counts.get(key, 0) + 1
-    calibration = outcome.last("calibrate")
-    rows = calibration.get("rows")
     return CardData(
         name=recipe.name,
         base_model=shown_source(recipe.model.path),
@@ -112,7 +110,7 @@ def _card(
         schemes=[{"layers": f"{n} x {k}", "scheme": s} for (k, s), n in counts.items()],
         original_bytes=pack.get("original_bytes", 0),
         artifact_bytes=pack.get("weight_bytes", 0),
-        calibration=f"{rows[0]} rows of {rows[1]} tokens" if rows else "",
+        calibration=_calibration(outcome),
         metrics=evaluation.get("comparison", {}),
         tasks=evaluation.get("tasks", {}),
         verdict=evaluation.get("verdict", {}).get("status", ""),
@@ -139,7 +137,7 @@ def _report(
         tier=evaluation.get("summary", {}).get("tier", ""),
         comparison=evaluation.get("comparison", {}),
         bos=evaluation.get("bos", {}),
-        data=_data(recipe, evaluation),
+        data=_data(recipe, outcome),
         tasks=evaluation.get("tasks", {}),
         sizes=_sizes(outcome),
         layers=_layers(state),
@@ -156,14 +154,39 @@ def _report(
     )
 
 
-def _data(recipe: Recipe, evaluation: Mapping[str, Any]) -> str:
+def _data(recipe: Recipe, outcome: Outcome) -> str:
+    """Which text judged the model, how much of it was seen before, and which text calibrated it."""
+    evaluation = outcome.last("evaluate")
     stages = [s for s in recipe.stages if isinstance(s, EvaluateConfig)]
     if not stages or not evaluation:
         return ""
     data = stages[-1].data
     digest = evaluation["data"]["digest"][:12]
     source = ", ".join(map(shown_source, data.names))
-    return f"{source} {data.split or ''}: rows of {data.seq_len} tokens, digest {digest}"
+    told = [f"{source} {data.split or ''}: rows of {data.seq_len} tokens, digest {digest}"]
+    if seen := evaluation.get("contamination"):
+        told.append(
+            f"{seen['contaminated_rows']} of {seen['num_rows']} rows stand in the calibration or "
+            f"training text, {seen['identical_rows']} of them letter for letter"
+        )
+    calibration = _calibration(outcome)
+    return "; ".join([*told, *([f"calibrated on {calibration}"] if calibration else [])])
+
+
+def _calibration(outcome: Outcome) -> str:
+    """Rows, packing, seed, sources with their documents and unknown tokens, digest."""
+    facts = outcome.last("calibrate")
+    if not facts:
+        return ""
+    rows, data = facts["rows"], facts["data"]
+    seed = "" if data["seed"] is None else f", seed {data['seed']}"
+    sources = [
+        f"{shown_source(s['source'])} ({s['num_rows']} rows of {s['num_documents']} documents, "
+        f"{s['unknown_share']:.2%} unknown tokens)"
+        for s in facts["sources"]
+    ]
+    told = f"{rows[0]} rows of {rows[1]} tokens ({data['packing']}{seed}) from {', '.join(sources)}"
+    return f"{told}, digest {facts['digest'][:12]}"
 
 
 def _sizes(outcome: Outcome) -> list[dict[str, Any]]:

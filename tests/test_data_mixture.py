@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 
 from compressor.data import token_rows
 from compressor.data.mixture import apportion, spread
-from compressor.errors import DataError
-from compressor.recipe import DataConfig, EvaluationData
+from compressor.errors import DataError, RecipeError
+from compressor.recipe import DataConfig, EvaluationData, parse_recipe
 from tests.faults.ca import lines
 from tests.fixtures_models import VOCAB
 
@@ -108,6 +108,25 @@ def test_a_source_whose_weight_is_too_small_is_told(texts, tokenizer):
 def test_contradicting_sources_are_refused(keys: dict[str, Any], tells: str) -> None:
     with pytest.raises(ValidationError, match=tells):
         DataConfig.model_validate(keys)
+
+
+def test_an_unknown_key_of_a_source_is_told_with_its_place_and_the_nearest_name() -> None:
+    text = """\
+name: x
+model: {path: reference}
+output: out
+stages:
+  - kind: calibrate
+    data:
+      sources:
+        - source: a.txt
+          wieght: 2
+  - kind: pack
+"""
+    with pytest.raises(RecipeError, match="unknown key `wieght`") as caught:
+        parse_recipe(text)
+    assert caught.value.where.line == 9
+    assert "did you mean `weight`" in caught.value.fix
 
 
 def test_a_model_does_not_judge_itself_and_reference_parts_are_held_out() -> None:

@@ -59,10 +59,18 @@ def test_what_is_published_is_what_was_looked_at(output: Path) -> None:
     assert set(published(output)) >= names
 
 
-def test_ca15_the_report_and_the_card_say_how_many_texts_were_seen_before(output: Path) -> None:
+def test_ca15_the_report_and_the_card_say_how_many_rows_were_seen_before(output: Path) -> None:
     notes = json.loads((output / "report.json").read_text())["notes"]
-    assert any(re.search(r"8 evaluation documents were calibrated on", n) for n in notes)
-    assert "calibrated on too" in (output / "README.md").read_text()
+    assert any(
+        re.search(r"4 of 4 evaluation rows .* 4 of them letter for letter", n) for n in notes
+    )
+    assert "evaluation rows" in (output / "README.md").read_text()
+
+
+def test_the_report_says_what_was_calibrated_on(output: Path) -> None:
+    told = json.loads((output / "report.json").read_text())["data"]
+    for piece in ("8 rows of 32 tokens", "unknown tokens", "documents", "digest", "4 of 4 rows"):
+        assert piece in told, told
 
 
 def test_the_log_and_the_journal_hold_no_token(output: Path) -> None:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import torch
 
@@ -58,8 +59,8 @@ def mixture(
     places = [parts[i].positions for i, _ in order]
     positions = [p[k] for p, (_, k) in zip(places, order, strict=True) if p is not None]
     unused = [s.source for s, c in zip(config.sources, counts, strict=True) if not c]
-    notes = [f"{name}: its weight is too small for a single row" for name in unused]
-    notes += [f"{p.sources[0].source}: {note}" for p in parts for note in p.notes]
+    notes = [f"{_shown(name)}: its weight is too small for a single row" for name in unused]
+    notes += [f"{_shown(p.sources[0].source)}: {note}" for p in parts for note in p.notes]
     return TokenRows(
         tokens,
         torch.ones_like(tokens, dtype=torch.bool),
@@ -69,6 +70,11 @@ def mixture(
         torch.stack(positions) if positions else None,
         tuple(facts for p in parts for facts in p.sources),
     )
+
+
+def _shown(source: str) -> str:
+    """A source without its folder: notes are published with the artifact."""
+    return Path(source).name if Path(source).expanduser().is_file() else source
 
 
 def _read_part(

@@ -216,7 +216,8 @@ def _model_at(data: Any, path: Path) -> type[BaseModel] | None:
     for key in path:
         data = data[key]
         if isinstance(key, int):
-            model = STAGE_CONFIGS.get(str(data.get("kind"))) if isinstance(data, dict) else None
+            kind = str(data.get("kind")) if isinstance(data, dict) else ""
+            model = STAGE_CONFIGS.get(kind) if model is Recipe else model
         elif key != "stages":
             model = _model_in(model.model_fields[key].annotation) if model else None
     return model
@@ -225,7 +226,7 @@ def _model_at(data: Any, path: Path) -> type[BaseModel] | None:
 def _model_in(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    if get_origin(annotation) in (Union, UnionType, Annotated):
+    if get_origin(annotation) in (Union, UnionType, Annotated, list):
         found = (_model_in(argument) for argument in get_args(annotation))
         return next((model for model in found if model), None)
     return None
