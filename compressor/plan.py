@@ -8,14 +8,11 @@ match nothing, groups that do not fit, a disk that is too small.
 from __future__ import annotations
 
 import shutil
-import time
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 from pydantic import BaseModel
 
 from compressor.errors import RecipeError, ResourceError, Where
@@ -39,7 +36,7 @@ from compressor.recipe import (
 from compressor.recipe.budget import parse_footprint
 from compressor.recipe.data import SELF
 from compressor.stages.candidates import legal_candidates
-from compressor.stages.search import ROUNDS
+from compressor.stages.duration import candidate_count, seconds
 from compressor.stages.selection import (
     Selection,
     block_linears,
@@ -278,11 +275,6 @@ def _most_bytes(budget: Budget, total: int, weights: int, dense: int) -> int:
     return min(limits)
 
 
-def candidate_count(budget: Budget) -> int:
-    """Whole models that a budget materialises at most: uniform ones, the mixture, trials."""
-    return (ROUNDS if budget.max_kl is not None else 3) + budget.trials
-
-
 def memory_bytes(recipe: Recipe, state: ModelState) -> int:
     """Peak memory: one block in its stored form twice, statistics, a micro-batch, the outer part.
 
@@ -328,45 +320,6 @@ def _block_weights(skeleton: Skeleton) -> list[int]:
     for target in block_linears(skeleton):
         sums[target.position] += target.shape[0] * target.shape[1]
     return sums
-
-
-def seconds(recipe: Recipe, state: ModelState) -> float:
-    """Floating-point work of the stages over this machine's measured speed, within 2-3 times."""
-    stored = DENSE_BYTES.get(stored_dtype(state), 2)
-    weights = sum(info.nbytes for info in state.checkpoint.tensors.values()) / stored
-    widths = [t.shape for t in block_linears(state.skeleton())]
-    solve = sum(rows * cols**2 * 2 + cols**3 * 2 for rows, cols in widths)
-    hessians = 2 * sum(cols**2 for _, cols in widths) / 2
-    tokens, work = 0, 0.0
-    for stage in recipe.stages:
-        if isinstance(stage, CalibrateConfig):
-            tokens = stage.data.num_samples * stage.data.seq_len
-            work += (4 if SELF in stage.data.names else 2) * weights * tokens
-        elif isinstance(stage, QuantizeConfig) and stage.method == "gptq":
-            passes = 1 if stage.budget is None else candidate_count(stage.budget)
-            work += passes * (solve + tokens * (12 * weights + hessians))
-        elif isinstance(stage, TransformConfig):
-            tries = 2 * stage.grid_points if stage.method == "awq" else 2
-            search = sum(min(rows, 512) * cols**2 for rows, cols in widths)
-            work += tries * 2 * search + tokens * (6 * weights + hessians)
-        elif isinstance(stage, PruneConfig):
-            work += solve + tokens * (12 * weights + hessians)
-        elif isinstance(stage, DistillConfig):
-            work += 10 * weights * stage.steps * stage.batch_size * stage.data.seq_len
-        elif isinstance(stage, EvaluateConfig):
-            work += 5 * weights * stage.data.num_samples * stage.data.seq_len
-    return work / _flops()
-
-
-@cache
-def _flops() -> float:
-    """Measured fp32 speed of this machine, FLOP/s."""
-    a = torch.randn(768, 768)
-    a @ a
-    start = time.perf_counter()
-    for _ in range(8):
-        a @ a
-    return 8 * 2 * 768**3 / max(time.perf_counter() - start, 1e-6)
 
 
 def _costs(recipe: Recipe, state: ModelState) -> list[dict[str, Any]]:

@@ -42,13 +42,13 @@ class _Nearest(torch.autograd.Function):
     """Level of x on a grid; the gradient of x is passed on unless x was clipped."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, grid: Grid | FloatGrid, zero: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+    def forward(ctx, x: Tensor, grid: Grid | FloatGrid, zero: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         _, levels, clipped = grid.nearest(x, zero)
         ctx.save_for_backward(clipped)
         return levels.to(x.dtype)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
         (clipped,) = ctx.saved_tensors
         return gradient.masked_fill(clipped, 0), None, None
 
@@ -77,8 +77,9 @@ class LearnedWeight:
     def value(self) -> Tensor:
         """w^ [O, I] as it would be stored now; differentiable in `offset` and `factor`."""
         scale = self._scale().unsqueeze(-1)
-        levels = _Nearest.apply(self._position(scale), self.grid, self._zero())
-        return (levels * scale).flatten(1)  # type: ignore[no-any-return, no-untyped-call]
+        at = self._position(scale)
+        levels: Tensor = _Nearest.apply(at, self.grid, self._zero())  # type: ignore[no-untyped-call]
+        return (levels * scale).flatten(1)
 
     @torch.no_grad()
     def rounded(self) -> tuple[Tensor, Grid | FloatGrid]:
@@ -201,7 +202,8 @@ def metric_factor(second_moment: Tensor, *, identity_share: float = IDENTITY_SHA
     if mean == 0.0:
         return identity.float()
     mixed = (1 - identity_share) * (fisher + fisher.t()) / (2 * mean) + identity_share * identity
-    return torch.linalg.cholesky(mixed).float()
+    factor: Tensor = torch.linalg.cholesky(mixed)
+    return factor.float()
 
 
 def squared_error(error: Tensor, factor: Tensor, *, trimmed: float = 0.0) -> Tensor:

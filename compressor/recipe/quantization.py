@@ -60,8 +60,8 @@ class QuantizeConfig(Part):
         default="default",
         description="fast: no data; default: GPTQ; high: learned rounding; max: and recovery",
     )
-    learning: Learning = Field(default_factory=Learning)
-    recovery: Recovery = Field(default_factory=Recovery)
+    learning: Learning | None = None
+    recovery: Recovery | None = None
     targets: list[Text] = ["linear"]
     ignore: list[Text] = ["lm_head"]
     protect: list[Text] = []
@@ -94,9 +94,9 @@ class QuantizeConfig(Part):
         learns = self.learns
         if learns and self.method == "rtn":
             raise ValueError("effort high and max learn from activations; leave method away")
-        if "learning" in self.model_fields_set and not learns:
+        if self.learning is not None and not learns:
             raise ValueError("learning has an effect with effort high and max only")
-        if "recovery" in self.model_fields_set and self.effort != "max":
+        if self.recovery is not None and self.effort != "max":
             raise ValueError("recovery has an effect with effort max only")
         return self
 

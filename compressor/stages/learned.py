@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compressor.algorithms.input_rounding import round_inputs
 from compressor.algorithms.learned_rounding import (
     LearnedWeight,
     Schedule,
@@ -27,10 +28,11 @@ from compressor.algorithms.learned_rounding import (
 from compressor.artifact.formats import SCALE_DTYPES, LayerFormat
 from compressor.modeling.activations import ActivationStore
 from compressor.modeling.block import Block, load_block
-from compressor.modeling.linears import StoredLinear, round_inputs
+from compressor.modeling.linears import StoredLinear
 from compressor.modeling.state import BlockTensors
 from compressor.modeling.walk import Walk
 from compressor.recipe import QuantizeConfig
+from compressor.recipe.quantization import Learning
 from compressor.stages.blockwise import Sweep
 from compressor.stages.context import StageContext
 from compressor.stages.grids import check_scales, make_grid
@@ -100,7 +102,7 @@ class BlockLearner:
         pupil = load_block(self.walk.skeleton, position, source)
         linears = self._replace(pupil, formats)
         task = _Task(self, position, self._targets(position, original))
-        learning = self.config.learning
+        learning = self.config.learning or Learning()
         schedule = Schedule(learning.steps, learning.rate, learning.scale_rate)
         found = learn(
             [linear.learned for linear in linears.values()],
@@ -170,7 +172,10 @@ class _Task:
 
     def _batch(self, step: int) -> slice:
         """Neighbouring rows; every row comes once before any comes again."""
-        count, size = self.learner.rows.stop, self.learner.config.learning.batch_size
+        count, size = (
+            self.learner.rows.stop,
+            (self.learner.config.learning or Learning()).batch_size,
+        )
         places = max(1, count // size)
         generator = torch.Generator().manual_seed(self.learner.seed + step // places)
         start = int(torch.randperm(places, generator=generator)[step % places]) * size

@@ -10,6 +10,7 @@ uniform format that fits, and the one with the lower KL divergence on held-out r
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ from compressor.recipe import QuantizeConfig
 from compressor.stages.blockwise import Rewritten, Sweep, change_blocks
 from compressor.stages.budget import protect_most_sensitive
 from compressor.stages.context import StageContext, StageReport
+from compressor.stages.duration import quantize_seconds
 from compressor.stages.expert_statistics import expert_notes
 from compressor.stages.learned import block_learner
 from compressor.stages.outer import quantize_outer
@@ -30,6 +32,8 @@ from compressor.stages.repair import repair_blocks
 from compressor.stages.search import mix
 from compressor.stages.selection import fallbacks, select, uniform_formats
 from compressor.stages.solve import BlockSolver, Formats, round_to_nearest
+
+log = logging.getLogger("compressor.stages.quantize")
 
 
 def apply(config: QuantizeConfig, context: StageContext) -> StageReport:
@@ -42,6 +46,7 @@ def apply(config: QuantizeConfig, context: StageContext) -> StageReport:
     skeleton = context.state.skeleton()
     selection = select(config, skeleton)
     _check_dense(context.state, config)
+    _announce(config, context)
     if config.effort == "max":
         context = with_own_rows(config, context)
     notes: list[str] = list(selection.notes)
@@ -72,6 +77,13 @@ def apply(config: QuantizeConfig, context: StageContext) -> StageReport:
     facts |= {"outer": outer.get("layers", {})}
     facts |= {"matched": selection.matched, "protected": [t.name for t in selection.protected]}
     return StageReport(replace(state, trail=(*context.state.trail, "quantize")), facts)
+
+
+def _announce(config: QuantizeConfig, context: StageContext) -> None:
+    """Say how long the stage will take."""
+    rows = (0, 0) if context.tokens is None else tuple(context.tokens.tokens.shape)
+    estimate = quantize_seconds(config, context.state, rows)  # type: ignore[arg-type]
+    log.info("quantize: effort %s, about %.0f s on this machine", config.effort, estimate)
 
 
 def _numeric_notes(linears: dict[str, Any]) -> list[str]:

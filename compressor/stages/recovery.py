@@ -19,6 +19,7 @@ from compressor.data.rows import TokenRows, token_digest
 from compressor.modeling.state import ModelState
 from compressor.recipe import DataConfig, DistillConfig, QuantizeConfig
 from compressor.recipe.data import SELF
+from compressor.recipe.quantization import Recovery
 from compressor.stages import distill
 from compressor.stages.calibrate import rows_for
 from compressor.stages.context import StageContext
@@ -29,7 +30,7 @@ SCALES_TO_OTHERS = 20.0  # `rate` is that of log-scales; norms and biases move t
 
 def with_own_rows(config: QuantizeConfig, context: StageContext) -> StageContext:
     """The context with rows that the model wrote before the calibration rows."""
-    count = config.recovery.own_rows
+    count = (config.recovery or Recovery()).own_rows
     if count == 0 or context.tokens is None:
         return context
     length = context.tokens.tokens.shape[1]
@@ -57,7 +58,7 @@ def recover(
         The best state on held-out rows, and facts for the report.
     """
     assert context.tokens is not None, "high and max calibrate"
-    settings = config.recovery
+    settings = config.recovery or Recovery()
     training = DistillConfig(
         kind="distill",
         steps=settings.steps,
