@@ -1,0 +1,137 @@
+"""How long stages take: their floating-point work over this machine's measured speed.
+
+Counted are products only (2 FLOP a weight a token forwards, 4 more backwards); small layers spend
+as much again on everything else, so estimates are right within 2 to 3 times.
+
+# weights: all of the model; tokens: calibration rows x their length
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from compressor.modeling.state import ModelState
+from compressor.recipe import (
+    Budget,
+    CalibrateConfig,
+    DistillConfig,
+    EvaluateConfig,
+    PruneConfig,
+    QuantizeConfig,
+    Recipe,
+    TransformConfig,
+)
+from compressor.recipe.data import SELF
+from compressor.recipe.quantization import Learning, Recovery
+from compressor.stages.search import ROUNDS
+from compressor.stages.selection import block_linears, stored_dtype
+
+LEARNING = 12.0  # FLOP a weight a token: forwards, backwards and the rounding in between
+TRAINING = 10.0  # teacher forwards, student forwards and backwards, head twice
+WRITING = 4.0  # token by token
+BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What the work depends on; `solve` and `statistics` are FLOP (the latter for each token)."""
+
+    weights: float
+    solve: float
+    statistics: float
+    search: float
+    tokens: int = 0
+    length: int = 0
+
+
+def sizes_of(state: ModelState) -> Sizes:
+    """The sizes of a model, without calibration rows."""
+    stored = BYTES.get(stored_dtype(state), 2)
+    weights = sum(info.nbytes for info in state.checkpoint.tensors.values()) / stored
+    widths = [t.shape for t in block_linears(state.skeleton())]
+    return Sizes(
+        weights=weights,
+        solve=sum(rows * cols**2 * 2 + cols**3 * 2 for rows, cols in widths),
+        statistics=sum(cols**2 for _, cols in widths),
+        search=sum(min(rows, 512) * cols**2 for rows, cols in widths),
+    )
+
+
+def seconds(recipe: Recipe, state: ModelState) -> float:
+    """Estimated time of all stages of a recipe on this machine."""
+    sizes, work = sizes_of(state), 0.0
+    for stage in recipe.stages:
+        if isinstance(stage, CalibrateConfig):
+            tokens = stage.data.num_samples * stage.data.seq_len
+            sizes = _with_rows(sizes, tokens, stage.data.seq_len)
+            work += (WRITING if SELF in stage.data.names else 2.0) * sizes.weights * tokens
+        elif isinstance(stage, QuantizeConfig):
+            work += quantize_work(stage, sizes)
+        elif isinstance(stage, TransformConfig):
+            tries = 2 * stage.grid_points if stage.method == "awq" else 2
+            work += tries * 2 * sizes.search + _passes(sizes) / 2
+        elif isinstance(stage, PruneConfig):
+            work += sizes.solve + _passes(sizes)
+        elif isinstance(stage, DistillConfig):
+            work += TRAINING * sizes.weights * stage.steps * stage.batch_size * stage.data.seq_len
+        elif isinstance(stage, EvaluateConfig):
+            work += 5 * sizes.weights * stage.data.num_samples * stage.data.seq_len
+    return work / flops()
+
+
+def quantize_seconds(config: QuantizeConfig, state: ModelState, rows: tuple[int, int]) -> float:
+    """Estimated time of one quantize stage with [N, T] calibration rows."""
+    sizes = _with_rows(sizes_of(state), rows[0] * rows[1], rows[1])
+    return quantize_work(config, sizes) / flops()
+
+
+def quantize_work(config: QuantizeConfig, sizes: Sizes) -> float:
+    """FLOP of a quantize stage at its effort."""
+    if config.is_data_free:
+        return 200 * sizes.weights  # the search of the grid
+    work, own = 0.0, (config.recovery or Recovery()).own_rows if config.effort == "max" else 0
+    if own:
+        work += WRITING * sizes.weights * own * sizes.length
+        sizes = _with_rows(sizes, sizes.tokens + own * sizes.length, sizes.length)
+    each = sizes.solve + _passes(sizes)
+    if config.learns:
+        learning = config.learning or Learning()
+        learned = learning.steps * learning.batch_size * sizes.length
+        each += LEARNING * sizes.weights * learned
+    work += each * (1 if config.budget is None else candidate_count(config.budget))
+    if config.effort == "max":
+        recovery = config.recovery or Recovery()
+        trained = recovery.steps * recovery.batch_size * sizes.length
+        work += TRAINING * sizes.weights * trained
+    return work
+
+
+def candidate_count(budget: Budget) -> int:
+    """Whole models that a budget materialises at most: uniform ones, the mixture, trials."""
+    return (ROUNDS if budget.max_kl is not None else 3) + budget.trials
+
+
+def _with_rows(sizes: Sizes, tokens: int, length: int) -> Sizes:
+    return Sizes(
+        sizes.weights, sizes.solve, sizes.statistics, sizes.search, tokens=tokens, length=length
+    )
+
+
+def _passes(sizes: Sizes) -> float:
+    """Both streams through the blocks, and statistics of every shared input."""
+    return sizes.tokens * (12 * sizes.weights + sizes.statistics)
+
+
+@cache
+def flops() -> float:
+    """Measured fp32 speed of this machine, FLOP/s."""
+    a = torch.randn(768, 768)
+    a @ a
+    start = time.perf_counter()
+    for _ in range(8):
+        a @ a
+    return 8 * 2 * 768**3 / max(time.perf_counter() - start, 1e-6)
