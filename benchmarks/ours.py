@@ -5,7 +5,8 @@
 
 `settings` are keys of the quantize stage, `data` those of the calibrate stage; the rows it reads
 must be `tokens`, which all tools share. The last line on stdout is JSON: `seconds` of the quantize
-stage (it reads the blocks from disk, and writes them) and `peak_mib` of this process.
+stage (it reads the blocks from disk, and writes them); of the whole process, packing and verifying
+included, `cpu_seconds` and `peak_mib`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.peers import peak_mib
+from benchmarks.peers import costs
 from compressor.pipeline import RunOptions, run
 from compressor.recipe import parse_recipe
 
@@ -37,10 +38,7 @@ def main() -> None:
     recipe = parse_recipe(json.dumps(recipe_of(job)), file="case")
     run(recipe, RunOptions(run_dir=run_dir, overwrite=True))
     check_tokens(run_dir, Path(job["tokens"]))
-    line = {
-        "seconds": round(stage_seconds(run_dir, "quantize"), 2),
-        "peak_mib": round(peak_mib(), 1),
-    }
+    line = {"seconds": round(stage_seconds(run_dir, "quantize"), 2), **costs()}
     shutil.rmtree(run_dir)
     sys.stdout.write("\n" + json.dumps(line) + "\n")
 

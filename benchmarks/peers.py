@@ -8,7 +8,8 @@ a process of its own. All linears of the decoder blocks are quantized; embedding
 head stay. The saved weights are code x scale, multiplied out by the tool's own code, in float32.
 
 The last line on stdout is JSON: `seconds` of the tool's own call (loading the model, exporting and
-saving left out) and `peak_mib`, the largest resident size of this process.
+saving left out); of the whole process, imports included, `cpu_seconds` and `peak_mib`, its largest
+resident size.
 
 group -1 = one scale for each output channel. tokens: int64 [N, T].
 """
@@ -38,8 +39,12 @@ def main() -> None:
     torch.manual_seed(0)
     seconds, weights = TOOLS[job["tool"]](job)
     write_dense(Path(job["model"]), weights, Path(job["out"]))
-    line = {"seconds": round(seconds, 2), "peak_mib": round(peak_mib(), 1)}
-    sys.stdout.write("\n" + json.dumps(line) + "\n")
+    sys.stdout.write("\n" + json.dumps({"seconds": round(seconds, 2), **costs()}) + "\n")
+
+
+def costs() -> dict[str, float]:
+    """What this process took so far, on a busy machine too: CPU seconds and peak memory."""
+    return {"cpu_seconds": round(time.process_time(), 1), "peak_mib": round(peak_mib(), 1)}
 
 
 def peak_mib() -> float:

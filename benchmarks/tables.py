@@ -19,8 +19,8 @@ from benchmarks.cases import Case
 Row = dict[str, Any]
 HEADER = (
     "| tool | bytes | bits | KL mean [95 %] | seeds | / llmc-gptq [95 %] | KL p99 "
-    "| perplexity ratio [95 %] | top-1 % | s | MiB |\n"
-    "|---|---:|---:|---|---|---|---:|---|---:|---:|---:|\n"
+    "| perplexity ratio [95 %] | top-1 % | s | CPU s | MiB |\n"
+    "|---|---:|---:|---|---|---|---:|---|---:|---:|---:|---:|\n"
 )
 YARDSTICK = "llmc-gptq"
 RESAMPLES = 2000
@@ -29,7 +29,8 @@ INTRODUCTION = """# Quality: damage for each byte
 
 Written by `python -m benchmarks quality`; do not edit. KL(original || compressed) in nats for each
 token, on held-out rows; bytes of all weights as they would be stored. Seconds: the tool's own call,
-one process at a time on a shared machine (an upper bound; `--only timing` measures speed).
+on a machine shared with other work (an upper bound that may be many times too high; `--only timing`
+measures speed). CPU seconds: the whole process with its imports and saving, one thread.
 """
 
 
@@ -150,6 +151,7 @@ def _line(same: list[Row], documents: Documents) -> str:
         f"{_interval(first['perplexity_ratio_ci'], digits=5)}",
         f"{100 * fmean(r['top1_agreement'] for r in same):.1f}",
         f"{fmean(r['seconds'] for r in same):.1f}",
+        f"{first['cpu_seconds']:.0f}" if "cpu_seconds" in first else "",
         f"{max(r['peak_mib'] for r in same):.0f}",
     ]
     return "| " + " | ".join(cells) + " |\n"
