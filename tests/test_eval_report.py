@@ -70,6 +70,15 @@ def example(**changes: Any) -> ReportData:
              "scheme": "W8A16 g128" if i < 6 else "W4A16 g128"}
             for i, c in enumerate(layers)
         ],
+        "front": {
+            "points": [{"bytes": 10**6 * n, "predicted_kl": 0.4**n} for n in range(1, 9)],
+            "uniform": [
+                {"name": "W4A16", "bytes": 4 * 10**6, "predicted_kl": 0.03, "measured_kl": None},
+                {"name": "BF16", "bytes": 16 * 10**6, "predicted_kl": 0.0, "measured_kl": 0.0},
+            ],
+            "measured": [{"name": "mixed", "bytes": 3 * 10**6, "measured_kl": 0.07}],
+            "kept": "mixed",
+        },
         "predictions": [
             {"label": "this plan", "average_bits": 4.5, "predicted_kl": 0.026,
              "measured_kl": 0.0291},
@@ -124,8 +133,8 @@ def tags(text: str) -> Tags:
 def test_the_page_is_small_and_has_every_section(tmp_path) -> None:
     text = page(tmp_path, example())
     assert len(text.encode()) < 1_000_000
-    assert text.count("<h2>") == 11
-    assert tags(text).tags.count("svg") == 5
+    assert text.count("<h2>") == 12
+    assert tags(text).tags.count("svg") == 6
 
 
 def test_the_page_forbids_and_needs_no_requests(tmp_path) -> None:

@@ -256,9 +256,10 @@ def _front_axes(axes: Any, values: Sequence[float], data: Mapping[str, Any]) -> 
     powers = [10.0**p for p in range(first, last + 1) if low / 1.6 <= 10.0**p <= high * 1.6]
     axes.set_yticks(powers, [f"{p:g}" for p in powers])
     ticks = axes.get_xticks()
-    most = max(p["bytes"] for p in data["points"])
+    most = max(1e3, *(p["bytes"] for p in data["points"]))
     shown = [t for t in ticks if 0 < t <= 1.02 * most]
-    axes.set_xticks(shown, [size_text(t) for t in shown])
+    scale, unit = next((s, u) for s, u in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if most >= s / 2)
+    axes.set_xticks(shown, [f"{t / scale:g} {unit}" for t in shown])
     axes.tick_params(axis="y", labelcolor=MUTED)
     axes.set_xlabel("bytes of the quantized layers")
     axes.set_ylabel("mean KL divergence (nats)")
