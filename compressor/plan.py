@@ -37,6 +37,7 @@ from compressor.recipe.budget import parse_footprint
 from compressor.recipe.data import SELF
 from compressor.stages.candidates import legal_candidates
 from compressor.stages.duration import candidate_count, seconds
+from compressor.stages.outer import outer_bytes
 from compressor.stages.selection import (
     Selection,
     block_linears,
@@ -222,6 +223,8 @@ def weight_bytes(recipe: Recipe, state: ModelState) -> tuple[int, bool]:
                 exact = exact and not stage.protect_auto
             else:
                 total, exact = _most_bytes(stage.budget, total, weights, dense), False
+            before, after = outer_bytes(stage, state)
+            total += after - before + 8 * len(state.blocks) * (stage.kv_cache != "none")
         elif _reshapes(stage):
             exact = False
     return total, exact
