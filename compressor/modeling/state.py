@@ -138,10 +138,12 @@ class ModelState:
         return self.checkpoint.read(self.disk_tensor_name(name), check_finite=True)
 
 
-def read_parts(checkpoint: Checkpoint, name: str) -> dict[str, Tensor]:
+def read_parts(
+    checkpoint: Checkpoint, name: str, *, check_finite: bool = True
+) -> dict[str, Tensor]:
     """The stored tensors of one quantized layer by suffix, as they are on disk."""
     known = [s for s in SUFFIXES if f"{name}.{s}" in checkpoint.tensors]
-    return {s: checkpoint.read(f"{name}.{s}", check_finite=True) for s in known}
+    return {s: checkpoint.read(f"{name}.{s}", check_finite=check_finite) for s in known}
 
 
 def stored_scale(dtype: torch.dtype) -> ScaleDtype:

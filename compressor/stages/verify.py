@@ -126,7 +126,7 @@ def _formats(checkpoint: Checkpoint, manifest: Manifest) -> dict[str, LayerForma
 
 def read_packed(checkpoint: Checkpoint, name: str, fmt: LayerFormat) -> PackedWeight:
     """The stored tensors of one quantized linear."""
-    return PackedWeight(read_parts(checkpoint, name), fmt)
+    return PackedWeight(read_parts(checkpoint, name, check_finite=False), fmt)
 
 
 def _check_packing(checkpoint: Checkpoint, name: str, formats: dict[str, LayerFormat]) -> None:
