@@ -23,7 +23,7 @@ from tests.fixtures_models import build
 from tests.fixtures_pipeline import execute, recipe, stages
 
 BUDGET: dict[str, Any] = {
-    "budget": {"average_bits": 5.0},
+    "budget": {"average_bits": 5.0, "trials": 1, "profile": "none"},
     "candidates": ["W3A16", "W4A16", "W8A16"],
     "scores": "output_fisher",
 }
