@@ -29,7 +29,7 @@ def round_inputs(x: Tensor, kind: str, global_scale: Tensor | None = None) -> Te
     """
     if kind == "none" or x.numel() == 0:
         return x
-    groups = x.unflatten(-1, (-1, GROUPS[kind])) if kind in GROUPS else x
+    groups = x.reshape(*x.shape[:-1], -1, GROUPS[kind]) if kind in GROUPS else x
     absmax = groups.abs().amax(-1, keepdim=True)
     if kind == "int8":
         scale = _positive(absmax / 127.5)
