@@ -10,6 +10,7 @@ BENCHMARKS = {
     "order": "the same parts in different orders: damage for each byte",
     "transforms": "scales and rotations, with and without outlier channels",
     "memory": "peak memory of quantizing a model of 4 GB",
+    "growth": "time against layers and tokens, and on a block of a 1 B model",
     "kill": "runs killed at random moments and resumed: the same bytes?",
 }
 

@@ -26,11 +26,18 @@ _RESULTS = {"quantize": "quantized", "prune": "pruned", "distill": "distilled"}
 
 def quantize(
     model: Annotated[str, typer.Argument(help="Folder, hub id or `reference`.")],
-    scheme: Annotated[str | None, typer.Option(help="W4A16, W4A16_ASYM, W8A16, ...")] = None,
+    scheme: Annotated[
+        str | None, typer.Option(help="W4A16, W3A16_ASYM, W8A8, FP8_DYNAMIC, NVFP4, MXFP4, ...")
+    ] = None,
+    effort: Annotated[str | None, typer.Option(help="fast, default, high or max.")] = None,
     group_size: Annotated[int | None, typer.Option(help="32, 64, 128 or -1.")] = None,
     average_bits: Annotated[float | None, typer.Option(help="Budget in bits a weight.")] = None,
     size: Annotated[str | None, typer.Option(help="Budget for all files, as in 6GiB.")] = None,
+    fits: Annotated[str | None, typer.Option(help="Weights and KV cache, as in 24GB@32k.")] = None,
+    max_kl: Annotated[float | None, typer.Option(help="Smallest artifact within this KL.")] = None,
     candidate: Annotated[list[str] | None, typer.Option(help="Formats to mix.")] = None,
+    head: Annotated[str | None, typer.Option(help="Output head: none, W8A16 or W4A16.")] = None,
+    kv_cache: Annotated[str | None, typer.Option(help="none, or fp8 for its scales.")] = None,
     method: Annotated[str | None, typer.Option(help="gptq or rtn.")] = None,
     protect: Annotated[list[str] | None, typer.Option(help="Layers to keep at 16 bit.")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Layers to leave alone.")] = None,
@@ -49,7 +56,9 @@ def quantize(
 ) -> None:
     """Store the linear layers of a model in few bits."""
     stage: Stage = {"kind": "quantize", "scheme": scheme, "group_size": group_size}
-    stage |= {"method": method, "budget": _given({"average_bits": average_bits, "size": size})}
+    limits = {"average_bits": average_bits, "size": size, "fits": fits, "max_kl": max_kl}
+    stage |= {"method": method, "effort": effort, "budget": _given(limits)}
+    stage |= {"head": head, "kv_cache": kv_cache}
     stage |= {"protect": protect, "ignore": ignore, "candidates": candidate}
     rows = {"source": data, "num_samples": num_samples, "seq_len": seq_len}
     recipe = _recipe("quantize", model, output, seed, [_calibrate(rows), stage])
