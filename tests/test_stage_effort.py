@@ -77,6 +77,19 @@ def test_maximum_effort_writes_rows_recovers_scales_and_keeps_the_codes(
     assert all(torch.equal(before[n], after[n]) for n in codes)
 
 
+def test_a_mixture_is_searched_at_default_effort_and_then_learned(
+    tiny_models: Models, tmp_path: Path
+) -> None:
+    budget = {"budget": {"average_bits": 4.5, "trials": 0}, "candidates": ["W3A16", "W4A16"]}
+    stage = {**W4, **budget, "effort": "high", **SHORT}
+    bench = Bench(tiny_models("llama"), tmp_path / "run", random_rows())
+    report = bench.run(stage)
+    assert "held_out" in next(iter(report.facts["linears"].values()))
+    assert report.facts["allocation"] is not None
+    again = Bench(tiny_models("llama"), tmp_path / "run", random_rows()).run(stage)
+    assert again.facts == report.facts
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [

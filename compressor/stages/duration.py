@@ -98,11 +98,11 @@ def quantize_work(config: QuantizeConfig, sizes: Sizes) -> float:
         work += WRITING * sizes.weights * own * sizes.length
         sizes = _with_rows(sizes, sizes.tokens + own * sizes.length, sizes.length)
     each = sizes.solve + _passes(sizes)
-    if config.learns:
+    work += each * (1 if config.budget is None else candidate_count(config.budget))
+    if config.learns:  # after the search
         learning = config.learning or Learning()
         learned = learning.steps * learning.batch_size * sizes.length
-        each += LEARNING * sizes.weights * learned
-    work += each * (1 if config.budget is None else candidate_count(config.budget))
+        work += LEARNING * sizes.weights * learned + (each if config.budget is not None else 0)
     if config.effort == "max":
         recovery = config.recovery or Recovery()
         trained = recovery.steps * recovery.batch_size * sizes.length

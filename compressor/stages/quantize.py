@@ -28,9 +28,9 @@ from compressor.stages.learned import block_learner
 from compressor.stages.outer import quantize_outer
 from compressor.stages.ranges import add_ranges, needs_input_scales
 from compressor.stages.recovery import recover, with_own_rows
-from compressor.stages.repair import repair_blocks
+from compressor.stages.repair import present_formats, repair_blocks
 from compressor.stages.search import mix
-from compressor.stages.selection import fallbacks, select, uniform_formats
+from compressor.stages.selection import Selection, fallbacks, select, uniform_formats
 from compressor.stages.solve import BlockSolver, Formats, round_to_nearest
 
 log = logging.getLogger("compressor.stages.quantize")
@@ -63,7 +63,7 @@ def apply(config: QuantizeConfig, context: StageContext) -> StageReport:
             uniform = {name: fmt for name, fmt in uniform.items() if name not in kept}
         chosen = make(uniform)
     else:
-        chosen, facts = mix(config, context, selection, make)
+        chosen, facts = _mixed(config, context, selection)
     notes += facts.get("search_notes", [])
     state = chosen.state
     if config.effort == "max" and any(ref.meta.get("formats") for ref in state.blocks):
@@ -77,6 +77,23 @@ def apply(config: QuantizeConfig, context: StageContext) -> StageReport:
     facts |= {"outer": outer.get("layers", {})}
     facts |= {"matched": selection.matched, "protected": [t.name for t in selection.protected]}
     return StageReport(replace(state, trail=(*context.state.trail, "quantize")), facts)
+
+
+def _mixed(
+    config: QuantizeConfig, context: StageContext, selection: Selection
+) -> tuple[Rewritten, dict[str, Any]]:
+    """The mixture for a budget, searched at the default effort, made at the effort asked for.
+
+    Learning every candidate would take ten times as long and moves all of them alike.
+    """
+    search = config
+    if config.learns:
+        search = config.model_copy(update={"effort": "default", "learning": None, "recovery": None})
+    chosen, facts = mix(search, context, selection, partial(materialise, search, context))
+    if not config.learns:
+        return chosen, facts
+    learned = materialise(config, context, present_formats(chosen.state), tag="learned-")
+    return learned, facts | {"held_out_kl_of_search": chosen.held_out_kl}
 
 
 def _announce(config: QuantizeConfig, context: StageContext) -> None:
