@@ -102,6 +102,26 @@ def test_every_symmetric_width_loads(artifacts: Artifacts, bits: int) -> None:
     assert_same(artifacts("llama", bits=bits).artifact, torch.float32, 1e-4)
 
 
+@pytest.mark.parametrize("effort", ["high", "max"])
+def test_learned_and_recovered_artifacts_load(artifacts: Artifacts, effort: str) -> None:
+    keys: dict[str, Any] = {
+        "method": "gptq",
+        "effort": effort,
+        "learning": {"steps": 6, "batch_size": 2},
+    }
+    if effort == "max":
+        keys["recovery"] = {"steps": 3, "batch_size": 2, "own_rows": 4}
+    built = artifacts("llama", bits=3, **keys)
+    scales = [
+        tensor
+        for position in range(len(built.state.blocks))
+        for name, tensor in built.state.read_block(position, built.state.skeleton()).tensors.items()
+        if name.endswith("weight_scale")
+    ]
+    assert any((scale < 0).any() for scale in scales)
+    assert_same(built.artifact, torch.float32, 1e-4)
+
+
 def test_one_scale_a_row_loads(artifacts: Artifacts) -> None:
     assert_same(artifacts("llama", group_size=-1).artifact, torch.float32, 1e-4)
 
