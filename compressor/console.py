@@ -125,6 +125,12 @@ def event_of(record: logging.LogRecord) -> dict[str, Any] | None:
     return event if isinstance(event, dict) else None
 
 
+def _message(record: logging.LogRecord) -> str:
+    """`warning: ...` or, for what is only good to know, `note: ...`."""
+    level = "note" if record.levelno <= logging.INFO else record.levelname.lower()
+    return f"{level}: {record.getMessage()}"
+
+
 def phase_of(event: Mapping[str, Any]) -> str:
     """Stage and kind of unit: `01-quantize block` for its unit `block-0003`."""
     unit = str(event.get("unit", "")).rstrip("0123456789").rstrip("-")
@@ -150,8 +156,7 @@ class PlainLines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         event = event_of(record)
         if event is None:
-            if record.levelno >= logging.WARNING:
-                say(f"{record.levelname.lower()}: {record.getMessage()}")
+            say(_message(record))
             return
         now = time.monotonic()
         if phase_of(event) != self._phase:
@@ -176,12 +181,10 @@ class Bars(logging.Handler):
         event = event_of(record)
         if event is not None:
             self._update(event)
-        elif record.levelno >= logging.WARNING:
-            text = f"{record.levelname.lower()}: {record.getMessage()}"
-            if self._progress is None:
-                say(text)
-            else:
-                self._progress.console.print(text, markup=False, highlight=False)
+        elif self._progress is None:
+            say(_message(record))
+        else:
+            self._progress.console.print(_message(record), markup=False, highlight=False)
 
     def _update(self, event: Mapping[str, Any]) -> None:
         progress = self._progress = self._progress or _new_bars()

@@ -68,11 +68,12 @@ def test_on_a_terminal_progress_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "[bold]careful" in terminal.getvalue()
 
 
-def test_warnings_are_shown_and_information_is_not(capsys: Output) -> None:
+def test_warnings_and_notes_are_shown_and_details_are_not(capsys: Output) -> None:
     with console.session():
-        logging.getLogger("compressor.run_dir").info("quiet")
+        logging.getLogger("compressor.run_dir").debug("quiet")
+        logging.getLogger("compressor.run_dir").info("good to know")
         logging.getLogger("compressor.run_dir").warning("loud")
-    assert capsys.readouterr().err == "warning: loud\n"
+    assert capsys.readouterr().err == "note: good to know\nwarning: loud\n"
 
 
 def test_a_session_leaves_logging_as_it_was() -> None:
