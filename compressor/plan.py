@@ -293,13 +293,21 @@ def memory_bytes(recipe: Recipe, state: ModelState) -> int:
     outer = total - sum(blocks)
     copies = 2 * stored + 4 if _transforms(recipe) else stored + 2
     walk = max(blocks) * copies + 6 * 4 * widest**2 + 3 * 4 * largest + 4 * outer
-    walk += _waiting_bytes(recipe, skeleton)
+    walk += _waiting_bytes(recipe, skeleton) + _learning_bytes(recipe, max(blocks))
     whole = 8 * total if _holds_whole_models(recipe) else 0
     return BASE_MEMORY + max(walk, whole)
 
 
+def _learning_bytes(recipe: Recipe, weights: int) -> int:
+    """Learned rounding holds weights, offsets, gradients, two moments and the best state."""
+    learns = any(isinstance(s, QuantizeConfig) and s.learns for s in recipe.stages)
+    return 6 * 4 * weights if learns else 0
+
+
 def _holds_whole_models(recipe: Recipe) -> bool:
     if any(isinstance(s, (DistillConfig, EvaluateConfig)) for s in recipe.stages):
+        return True
+    if any(isinstance(s, QuantizeConfig) and s.effort == "max" for s in recipe.stages):
         return True
     return any(isinstance(s, CalibrateConfig) and SELF in s.data.names for s in recipe.stages)
 

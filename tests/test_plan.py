@@ -83,6 +83,19 @@ def test_memory_and_time_grow_with_what_is_asked_for(
     assert 0 < seconds(small, state) < seconds(large, state)
 
 
+def test_every_effort_takes_longer_and_no_less_memory(
+    tiny_models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    state = ModelState.of_checkpoint(open_checkpoint(tiny_models("llama")))
+    made = [
+        recipe(tiny_models("llama"), tmp_path, stages=stages(tmp_path, effort=effort)[:3])
+        for effort in ("fast", "default", "high", "max")
+    ]
+    times, memory = [seconds(m, state) for m in made], [memory_bytes(m, state) for m in made]
+    assert times == sorted(set(times))
+    assert memory == sorted(memory)
+
+
 def test_every_value_has_its_origin(tiny_models: Callable[[str], Path], tmp_path: Path) -> None:
     from compressor.recipe import dump_recipe
 
