@@ -16,6 +16,14 @@ drawn from the model. F is noisy where few tokens were seen, so it is mixed with
 
 The state that is kept is the best one on held-out data; the start is one of the candidates.
 
+`LatentWeight` is for training that goes on from codes that are there (quantization-aware training;
+straight-through: Bengio et al. 2013). Its positions are numbers of steps, not of weights:
+
+    x = l0 + d v,      w^ = s a * nearest level(x)
+
+with l0 the present level and d the distance of levels around it. A scale that grows does not move
+x, so a code changes only when its own v says so, and a takes the gradient that frozen codes give.
+
 # O out, I in, G groups, D width of the block's output
 """
 
@@ -36,6 +44,7 @@ IDENTITY_SHARE = 0.1  # m; 0.3 and 0.05 were within 2 % of it, 1.0 (plain square
 BETAS = (0.9, 0.95)
 FACTOR_RANGE = (0.5, 1.5)
 OFFSET_LIMIT = 1.0
+HALVINGS = 12  # a weight further from its code than 2^11 half steps starts in the middle
 
 
 class _Nearest(torch.autograd.Function):
@@ -76,7 +85,7 @@ class LearnedWeight:
 
     def value(self) -> Tensor:
         """w^ [O, I] as it would be stored now; differentiable in `offset` and `factor`."""
-        scale = self._scale().unsqueeze(-1)
+        scale = self.scale().unsqueeze(-1)
         at = self._position(scale)
         levels: Tensor = _Nearest.apply(at, self.grid, self._zero())  # type: ignore[no-untyped-call]
         return (levels * scale).flatten(1)
@@ -84,7 +93,7 @@ class LearnedWeight:
     @torch.no_grad()
     def rounded(self) -> tuple[Tensor, Grid | FloatGrid]:
         """Codes uint8 [O, I] and the grid with the learned scales."""
-        scale = self._scale()
+        scale = self.scale()
         position = self._position(scale.unsqueeze(-1))
         codes = self.grid.nearest(position, self._zero())[0].flatten(1)
         return codes, replace(self.grid, scale=scale)
@@ -95,13 +104,9 @@ class LearnedWeight:
             self.offset.clamp_(-OFFSET_LIMIT, OFFSET_LIMIT)
             self.factor.clamp_(*FACTOR_RANGE)
 
-    def _position(self, scale: Tensor) -> Tensor:
-        position = self.groups / scale + self.offset
-        return position if self.mask is None else position * self._grouped(self.mask)
-
-    def _scale(self) -> Tensor:
+    def scale(self) -> Tensor:
         """Scales [O, G] as they are stored; their rounding passes gradients straight through."""
-        if not self.factor.requires_grad:
+        if not isinstance(self.grid, Grid):
             return self.grid.scale
         smooth = self.grid.scale * self.factor
         limits = torch.finfo(self.scale_dtype)
@@ -109,11 +114,66 @@ class LearnedWeight:
         stored = torch.copysign(size, smooth.detach()).to(self.scale_dtype).to(smooth.dtype)
         return stored + (smooth - smooth.detach())
 
+    def _position(self, scale: Tensor) -> Tensor:
+        return self._kept(self.groups / scale + self.offset)
+
+    def _kept(self, position: Tensor) -> Tensor:
+        return position if self.mask is None else position * self._grouped(self.mask)
+
     def _zero(self) -> Tensor:
         return self.grid.zero_point.unsqueeze(-1)
 
     def _grouped(self, values: Tensor) -> Tensor:
         return values.reshape(len(values), -1, self.width)
+
+
+class LatentWeight(LearnedWeight):
+    """A weight [O, I] that starts exactly at codes and goes on learning from them; see above."""
+
+    def __init__(
+        self,
+        codes: Tensor,
+        grid: Grid | FloatGrid,
+        *,
+        scale_dtype: torch.dtype,
+        near: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> None:
+        """Start at codes uint8 [O, I], inside their cells as close to fp32 `near` as they allow."""
+        width = group_width(codes.shape[1], grid.group_size)
+        zero = grid.zero_point.unsqueeze(-1)
+        levels = grid.levels(codes.reshape(len(codes), -1, width), zero)
+        super().__init__(levels.flatten(1), grid, scale_dtype=scale_dtype, mask=mask)
+        self.distance = _level_distance(levels, grid.bits) if isinstance(grid, FloatGrid) else None
+        if near is not None:
+            self._start_near(self._grouped(near) / grid.scale.unsqueeze(-1))
+
+    def _position(self, scale: Tensor) -> Tensor:
+        moved = self.offset if self.distance is None else self.offset * self.distance
+        return self._kept(self.groups + moved)
+
+    @torch.no_grad()
+    def _start_near(self, target: Tensor) -> None:
+        """Set offsets towards positions [O, G, g]; halve those that would leave their cell.
+
+        Halving instead of cutting at the border: the codes that a solver moved away from their
+        weight on purpose would all lie on it, and flip back at the first step.
+        """
+        offset = target - self.groups
+        offset = offset if self.distance is None else offset / self.distance
+        for _ in range(HALVINGS):
+            self.offset.copy_(offset)
+            _, levels, clipped = self.grid.nearest(self._position(self.grid.scale), self._zero())
+            offset = torch.where(clipped | (levels != self._kept(self.groups)), offset / 2, offset)
+        self.offset.copy_(torch.where(offset == self.offset, offset, 0.0))
+
+
+def _level_distance(levels: Tensor, bits: int) -> Tensor:
+    """From each level of e4m3 (8 bits) or e2m1 (4) to the next one away from zero."""
+    mantissa, lowest = (3, -6) if bits == 8 else (1, 0)
+    exponent = torch.frexp(levels).exponent - 1  # of zero: -1
+    exponent = torch.where(levels == 0, lowest, exponent.clamp(min=lowest))
+    return torch.ldexp(torch.ones_like(levels), exponent - mantissa)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,13 +6,16 @@ number is a parameter, frozen until somebody asks for its gradient:
 
     dense linear       weight fp32 [O, I]; a mask keeps pruned weights at zero
     quantized linear   log|scale| [O, G]; codes, zero points and signs never change
+        or             positions on the grid [O, G, g] and factors of scales [O, G] (`CodesLinear`)
 
 Legend: B rows, T tokens, D width, V vocabulary, O out, I in, G groups.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -20,7 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressor.algorithms.distillation import exported_scale, scaled_dequantize
-from compressor.artifact.formats import SCALE_DTYPES
+from compressor.algorithms.float_grid import FloatGrid
+from compressor.algorithms.grid import Grid
+from compressor.algorithms.input_rounding import round_inputs
+from compressor.algorithms.learned_rounding import LatentWeight
+from compressor.artifact.formats import SCALE_DTYPES, LayerFormat
+from compressor.artifact.packing import pack_weight
 from compressor.errors import UnsupportedError
 from compressor.modeling.block import Block, load_block
 from compressor.modeling.linears import StoredLinear
@@ -28,7 +36,8 @@ from compressor.modeling.skeleton import Skeleton
 from compressor.modeling.state import ModelState
 
 OUTER = -1  # position of the tensors outside of the blocks
-Kind = Literal["weight", "scale", "vector", "table"]
+Kind = Literal["weight", "scale", "latent", "vector", "table"]
+Near = Callable[[int, str], Tensor | None]  # the dense weight [O, I] behind the codes of a linear
 
 
 class DenseLinear(nn.Module):
@@ -64,7 +73,7 @@ class ScaledLinear(nn.Module):
                 f"{fmt.label} layers cannot be trained",
                 code="CK26",
                 why="Only scales of integers with 16-bit activations are trainable.",
-                fix="distill before the quantize stage",
+                fix="use train: codes, or distill before the quantize stage",
             )
         codes, scale, zero = linear.codes()
         self.register_buffer("codes", codes)
@@ -86,6 +95,73 @@ class ScaledLinear(nn.Module):
         )
         return F.linear(x, weight, self.bias)
 
+    def exported_scale(self) -> Tensor:
+        """Scales fp32 [O, G] as they are stored."""
+        return exported_scale(self.log_scale, scale_dtype=self.scale_dtype) * self.sign
+
+
+class CodesLinear(nn.Module):
+    """A quantized linear layer whose codes can be trained, its scales too if they are integers'.
+
+    It computes with what would be stored now, and rounds its inputs as its format says; both
+    roundings pass gradients straight through.
+    """
+
+    def __init__(
+        self,
+        linear: StoredLinear,
+        *,
+        near: Tensor | None,
+        masked: bool,
+        device: torch.device,
+    ) -> None:
+        """Start at the stored codes, as close to the dense weight `near` [O, I] as they allow."""
+        super().__init__()
+        assert linear.packed is not None, "only for quantized linears"
+        self.format, self.global_scales = linear.packed.format, linear.packed.global_scales
+        self.input_scale = self.global_scales.get("input_global_scale")
+        codes, scale, zero = (part.to(device) for part in linear.codes())
+        self.latent = LatentWeight(
+            codes,
+            _grid(scale, zero, self.format),
+            scale_dtype=SCALE_DTYPES.get(self.format.scale_dtype, torch.float32),
+            near=near if near is not None and near.shape == codes.shape else None,
+            mask=(linear.dense() != 0).to(device) if masked else None,
+        )
+        self.offset = nn.Parameter(self.latent.offset.detach(), requires_grad=False)
+        self.latent.offset = self.offset
+        if self.format.number == "int":
+            self.factor = nn.Parameter(self.latent.factor.detach(), requires_grad=False)
+            self.latent.factor = self.factor
+        self.bias = _bias(linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., I] -> [..., O]."""
+        rounded = round_inputs(x.detach(), self.format.activations, self.input_scale)
+        return F.linear(x + (rounded - x.detach()), self.latent.value(), self.bias)
+
+    def exported_codes(self) -> Tensor:
+        """The codes as they are stored."""
+        codes, grid = self.latent.rounded()
+        parts = (codes.cpu(), grid.scale.cpu(), grid.zero_point.cpu())
+        packed = pack_weight(*parts, self.format, global_scales=self.global_scales)
+        return packed.tensors[codes_suffix(self.format)]
+
+    def exported_scale(self) -> Tensor:
+        """Scales fp32 [O, G] as they are stored."""
+        return self.latent.scale().detach()
+
+
+def codes_suffix(fmt: LayerFormat) -> str:
+    """Name of the stored tensor that holds the codes."""
+    return "weight" if fmt.stored in ("int-quantized", "float-quantized") else "weight_packed"
+
+
+def _grid(scale: Tensor, zero: Tensor, fmt: LayerFormat) -> Grid | FloatGrid:
+    if fmt.number == "float":
+        return FloatGrid(scale, fmt.bits, fmt.block or fmt.group_size)
+    return Grid(scale, zero, fmt.bits, fmt.group_size, fmt.symmetric)
+
 
 def _bias(linear: StoredLinear) -> nn.Parameter | None:
     if linear.bias is None:
@@ -98,8 +174,9 @@ class Slot:
     """A parameter and the stored tensor it stands for.
 
     position: of the block, or OUTER. name: of the stored tensor, block-relative inside a block.
-    kind: "weight" of a dense linear, "scale" of a quantized one, "table" (embedding, head), or
-    "vector" (norms, biases and everything else).
+    kind: "weight" of a dense linear, "scale" or "latent" (codes) of a quantized one, "table"
+    (embedding, head), or "vector" (norms, biases and everything else). export: the stored tensor
+    where it is not the parameter itself.
     """
 
     position: int
@@ -109,7 +186,7 @@ class Slot:
     dtype: torch.dtype
     keep: Tensor | None = None
     transposed: bool = False
-    sign: Tensor | None = None
+    export: Callable[[], Tensor] | None = None
 
     @property
     def key(self) -> str:
@@ -118,10 +195,7 @@ class Slot:
 
     def stored(self) -> Tensor:
         """The tensor as it would be written now, on the CPU."""
-        value = self.parameter.detach()
-        if self.kind == "scale":
-            value = exported_scale(value, scale_dtype=self.dtype)
-            value = value if self.sign is None else value * self.sign
+        value = self.parameter.detach() if self.export is None else self.export()
         if self.transposed:
             value = value.t()
         return value.to(self.dtype, copy=True).contiguous().cpu()
@@ -130,8 +204,18 @@ class Slot:
 class WholeModel:
     """All blocks of a model, its outer part, and the slots that lead back to what is stored."""
 
-    def __init__(self, state: ModelState, *, device: torch.device | str = "cpu") -> None:
-        """Read everything; the compute dtype is fp32."""
+    def __init__(
+        self,
+        state: ModelState,
+        *,
+        device: torch.device | str = "cpu",
+        near: Near | None = None,
+    ) -> None:
+        """Read everything; the compute dtype is fp32.
+
+        Codes of quantized linears can be trained if `near` says which dense weight, if any, is
+        behind those of a linear (position of its block, name); else their scales alone can.
+        """
         self.device = torch.device(device)
         self.skeleton = state.skeleton()
         outer = state.read_outer(self.skeleton)
@@ -142,9 +226,17 @@ class WholeModel:
         for position in range(self.skeleton.num_blocks):
             source = state.read_block(position, self.skeleton)
             block = load_block(self.skeleton, position, source)
-            self.slots += _trainable_block(block, position, source.tensors)
+            self.slots += _trainable_block(
+                block, position, source.tensors, near=near, device=self.device
+            )
             block.module.to(self.device)
             self.blocks.append(block)
+
+    def dense_weight(self, position: int, linear: str) -> Tensor | None:
+        """The weight fp32 [O, I] of a dense linear; None if there is none of that name."""
+        modules = dict(self.blocks[position].module.named_modules())
+        found = modules.get(linear)
+        return found.weight.detach() if isinstance(found, DenseLinear) else None
 
     def hidden_states(self, tokens: Tensor, *, grad: bool = False) -> list[Tensor]:
         """Outputs [B, T, D] of every block for tokens [B, T], with a graph if `grad`."""
@@ -174,17 +266,35 @@ def _outer_slots(skeleton: Skeleton, outer: dict[str, Tensor]) -> list[Slot]:
     return found
 
 
-def _trainable_block(block: Block, position: int, stored: dict[str, Tensor]) -> list[Slot]:
+def _trainable(
+    linear: StoredLinear,
+    near: Callable[[], Tensor | None] | None,
+    *,
+    masked: bool,
+    device: torch.device,
+) -> nn.Module:
+    if linear.format is None:
+        return DenseLinear(linear, masked=masked)
+    if near is None:
+        return ScaledLinear(linear)
+    return CodesLinear(linear, near=near(), masked=masked, device=device)
+
+
+def _trainable_block(
+    block: Block,
+    position: int,
+    stored: dict[str, Tensor],
+    *,
+    near: Near | None,
+    device: torch.device,
+) -> list[Slot]:
     """Put trainable linears into a block and list its parameters."""
     transposed: set[str] = set()
     for name, linear in block.linears.items():
         parent, _, leaf = name.rpartition(".")
-        new: nn.Module
-        if linear.format is None:
-            new = DenseLinear(linear, masked=name in block.masked)
-            transposed |= {name} if linear.transposed else set()
-        else:
-            new = ScaledLinear(linear)
+        behind = None if near is None else partial(near, position, name)
+        new = _trainable(linear, behind, masked=name in block.masked, device=device)
+        transposed |= {name} if linear.transposed and linear.format is None else set()
         setattr(block.module.get_submodule(parent) if parent else block.module, leaf, new)
     modules = dict(block.module.named_modules())
     slots = []
@@ -200,10 +310,12 @@ def _slot(
 ) -> Slot:
     prefix, _, leaf = name.rpartition(".")
     parameter = owner.get_parameter(leaf)
-    if leaf == "log_scale":
-        disk = f"{prefix}.weight_scale"
-        sign = owner.get_buffer("sign")
-        return Slot(position, disk, "scale", parameter, stored[disk].dtype, sign=sign)
+    if isinstance(owner, ScaledLinear | CodesLinear) and leaf in ("log_scale", "factor"):
+        disk, export = f"{prefix}.weight_scale", owner.exported_scale
+        return Slot(position, disk, "scale", parameter, stored[disk].dtype, export=export)
+    if isinstance(owner, CodesLinear) and leaf == "offset":
+        disk, export = f"{prefix}.{codes_suffix(owner.format)}", owner.exported_codes
+        return Slot(position, disk, "latent", parameter, stored[disk].dtype, export=export)
     dtype = stored[name].dtype
     if isinstance(owner, DenseLinear) and leaf == "weight":
         return Slot(position, name, "weight", parameter, dtype, owner.keep, transposed)

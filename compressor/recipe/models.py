@@ -103,7 +103,7 @@ class DistillConfig(Part):
     temperature: Annotated[float, Field(gt=0.0, le=100.0)] = 1.0
     ce_weight: Fraction = 0.0
     hidden_weight: Annotated[float, Field(ge=0.0)] = 0.0
-    train: Literal["auto", "weights", "scales", "scales_and_norms"] = "auto"
+    train: Literal["auto", "weights", "scales", "scales_and_norms", "codes"] = "auto"
     student: Student | None = None
     checkpoint_steps: PositiveInt = 50
     gradient_clip: Annotated[float, Field(gt=0.0)] = 1.0

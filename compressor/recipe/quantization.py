@@ -37,11 +37,12 @@ class Learning(Part):
 
 
 class Recovery(Part):
-    """Training of scales, norms and biases through the whole model (`effort: max`)."""
+    """Training of scales, norms and biases, or codes too, through the whole model (`max`)."""
 
     steps: PositiveInt = 200
     batch_size: PositiveInt = 8
     rate: Annotated[float, Field(gt=0.0, le=1.0)] = 2e-3
+    train: Literal["scales_and_norms", "codes"] = "scales_and_norms"
     own_rows: Annotated[int, Field(ge=0)] = Field(
         default=512, description="rows that the model writes itself, beside the calibration rows"
     )

@@ -5,8 +5,11 @@
 
 What is trained depends on how a layer is stored. A quantized linear keeps its codes and learns its
 scales (2 % of the numbers), so it is exactly as small afterwards; a dense linear learns its
-weights, a pruned one only those that are left. The result is written as units, block by block, and
-is the state with the least KL on held-out rows, the start included: it never gets worse there.
+weights, a pruned one only those that are left. With `train: codes` (quantization-aware training)
+codes learn too: positions between them move, and the nearest code is what is computed with and
+stored. They start inside the cells of the present codes, on the side of the original's weights.
+The result is written as units, block by block, and is the state with the least KL on held-out
+rows, the start included: it never gets worse there.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from compressor.data import TokenRows
 from compressor.errors import RecipeError
 from compressor.modeling.skeleton import parse_config
 from compressor.modeling.state import ModelState
-from compressor.modeling.whole import OUTER, Slot, WholeModel
+from compressor.modeling.whole import OUTER, Near, Slot, WholeModel
 from compressor.recipe import DistillConfig
 from compressor.stages import processes
 from compressor.stages.calibrate import rows_for
@@ -33,6 +36,7 @@ from compressor.stages.training import Progress, Pupils, Training
 
 FINISHED = "finished"
 LAST_GOOD = "last-good"  # what a diverged training leaves
+NEEDED = {"weights": "weight", "scales": "scale", "scales_and_norms": "scale", "codes": "latent"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +165,8 @@ def _newest(context: StageContext, config: DistillConfig) -> tuple[Path, dict[st
 def _prepare(task: Task) -> Training:
     device = processes.join().device
     teacher = WholeModel(task.teacher, device=device)
-    student = WholeModel(task.student, device=device)
+    near = _near(task, teacher) if task.config.train == "codes" else None
+    student = WholeModel(task.student, device=device, near=near)
     slots = chosen_slots(task.config, student.slots)
     pupils = Pupils(teacher, student, slots, _pairs(task.teacher, task.student))
     training = Training(task.config, pupils, task.tokens, seed=task.seed)
@@ -171,11 +176,25 @@ def _prepare(task: Task) -> Training:
     return training
 
 
+def _near(task: Task, teacher: WholeModel) -> Near:
+    """Which weight is behind codes: the original's, unless the student's basis or shape differs."""
+    numbers = {ref.index: i for i, ref in enumerate(task.teacher.blocks)}
+    same = task.student.checkpoint.digest == task.teacher.checkpoint.digest
+    same = same and "transform" not in task.student.trail
+
+    def find(position: int, linear: str) -> Tensor | None:
+        number = numbers[task.student.blocks[position].index]
+        return teacher.dense_weight(number, linear)
+
+    return find if same else lambda position, linear: None
+
+
 def chosen_slots(config: DistillConfig, slots: list[Slot]) -> list[Slot]:
     """The parameters that learn, by `train`.
 
     auto: scales, dense weights, norms and biases, and embeddings if nothing is quantized.
     weights: everything but scales. scales: nothing but scales. scales_and_norms: and norms, biases.
+    codes: scales, norms, biases and the codes themselves.
     """
     quantized = any(s.kind == "scale" for s in slots)
     kinds = {
@@ -183,9 +202,10 @@ def chosen_slots(config: DistillConfig, slots: list[Slot]) -> list[Slot]:
         "weights": {"weight", "vector", "table"},
         "scales": {"scale"},
         "scales_and_norms": {"scale", "vector"},
+        "codes": {"latent", "scale", "vector"},
     }[config.train]
     chosen = [s for s in slots if s.kind in kinds]
-    needed = {"weights": "weight", "scales": "scale", "scales_and_norms": "scale"}.get(config.train)
+    needed = NEEDED.get(config.train)
     if needed and not any(s.kind == needed for s in chosen):
         raise RecipeError(
             f"train: {config.train} finds nothing to train: "

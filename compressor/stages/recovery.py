@@ -3,8 +3,9 @@
 Calibration text is short, and everything that learns from it soon knows it by heart. So the model
 writes more rows itself (`stages/self_text.py`); they go before the calibration rows, whose last
 ones stay held out. Blocks are solved and learned on all of them, and at last the distribution of
-the whole model is pulled towards the original's, with the codes frozen: what is stored stays
-exactly as large. The state before is a candidate, so recovery never ends worse on held-out rows.
+the whole model is pulled towards the original's, with the codes frozen unless `train: codes` is
+asked for: what is stored stays exactly as large. The state before is a candidate, so recovery never
+ends worse on held-out rows.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def _joined(first: TokenRows, second: TokenRows) -> TokenRows:
 def recover(
     config: QuantizeConfig, context: StageContext, start: ModelState
 ) -> tuple[ModelState, dict[str, Any]]:
-    """Train scales, norms and biases of the quantized model `start`; the codes stay.
+    """Train scales, norms and biases of the quantized model `start`, and codes if asked to.
 
     Returns:
         The best state on held-out rows, and facts for the report.
@@ -64,7 +65,7 @@ def recover(
         steps=settings.steps,
         batch_size=settings.batch_size,
         learning_rate=settings.rate / SCALES_TO_OTHERS,
-        train="scales_and_norms",
+        train=settings.train,
         checkpoint_steps=CHECKPOINT_STEPS,
     )
     inside = replace(context, state=start, run=context.run.part("recovery"))
