@@ -236,6 +236,16 @@ def test_a_read_only_folder_names_path_and_uid(tmp_path: Path) -> None:
     assert caught.value.code == "RE04"
 
 
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_atomic(pipe, b"recipe")
+    assert os.read(reader, 10) == b"recipe"
+    os.close(reader)
+    assert pipe.is_fifo()
+
+
 def test_file_modes_follow_the_umask(folder: Path) -> None:
     old = os.umask(0o027)
     try:

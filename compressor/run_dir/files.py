@@ -18,7 +18,12 @@ _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def write_atomic(path: Path, data: bytes) -> Path:
-    """Write `data` to `path` as a whole or not at all; raises `ResourceError` RE02 or RE04."""
+    """Write `data` to `path` as a whole or not at all; raises `ResourceError` RE02 or RE04.
+
+    Devices and pipes (`/dev/stdout`, `/dev/null`) are written to, never replaced.
+    """
+    if path.exists() and not path.is_file():
+        return _write_special(path, data)
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,6 +32,15 @@ def write_atomic(path: Path, data: bytes) -> Path:
         sync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
+        raise resource_error(error, path, needed=len(data)) from error
+    return path
+
+
+def _write_special(path: Path, data: bytes) -> Path:
+    try:
+        with path.open("wb") as file:
+            file.write(data)
+    except OSError as error:
         raise resource_error(error, path, needed=len(data)) from error
     return path
 
