@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=2 python -m benchmarks growth [--peer PYTHON] [--out FILE]
 
 Random Llamas (time does not depend on what they say). Seconds are those of the quantize stage;
-every point is the median of three runs. With the interpreter of an environment that holds
+every point is the median of `--repetitions` runs. With the interpreter of an environment that holds
 llm-compressor, its GPTQ takes turns with ours on one block of a 1 B Llama (2048, 8192 wide).
 """
 
@@ -28,7 +28,6 @@ from compressor.reference_model import base_path, text_path
 SMALL = {"hidden_size": 256, "intermediate_size": 704, "heads": 8, "kv_heads": 4}
 BLOCK_1B = {"hidden_size": 2048, "intermediate_size": 8192, "heads": 32, "kv_heads": 8}
 LAYERS, ROWS, LENGTH = (2, 4, 8, 16), (32, 64, 128, 256), 128
-REPETITIONS = 3
 
 
 def main(arguments: list[str]) -> None:
@@ -36,32 +35,36 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks growth")
     parser.add_argument("--peer", type=Path)
     parser.add_argument("--block-rows", type=int, default=32)
+    parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/growth.json"))
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         body: dict[str, Any] = {"threads": os.environ.get("OMP_NUM_THREADS", "")}
-        body["layers"] = {n: _median(work, n, 64) for n in LAYERS}
-        body["rows"] = {n: _median(work, 4, n) for n in ROWS}
+        times = options.repetitions
+        body["repetitions"] = times
+        body["layers"] = {n: _median(work, n, 64, times) for n in LAYERS}
+        body["rows"] = {n: _median(work, 4, n, times) for n in ROWS}
         if options.peer is not None:
-            body["block_1b"] = _block(work, options.peer, options.block_rows)
+            body["block_1b"] = _block(work, options, times)
     options.out.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
 
 
-def _median(work: Path, layers: int, rows: int) -> float:
+def _median(work: Path, layers: int, rows: int, times: int) -> float:
     model = _model(work / f"small-{layers}", SMALL, layers)
-    return median(_ours(work, model, rows) for _ in range(REPETITIONS))
+    return median(_ours(work, model, rows) for _ in range(times))
 
 
-def _block(work: Path, peer: Path, rows: int) -> dict[str, Any]:
+def _block(work: Path, options: argparse.Namespace, times: int) -> dict[str, Any]:
     """Ours and llm-compressor's GPTQ in turns on one block; the same number of tokens."""
+    rows = options.block_rows
     model = _model(work / "block", BLOCK_1B, 1)
     tokens = torch.randint(6, 4096, (rows, LENGTH), generator=torch.Generator().manual_seed(0))
     torch.save(tokens, work / "tokens.pt")
     seconds: dict[str, list[float]] = {"ours-default": [], "llmc-gptq": []}
-    for _ in range(REPETITIONS):
+    for _ in range(times):
         seconds["ours-default"].append(_ours(work, model, rows))
-        seconds["llmc-gptq"].append(_theirs(work, model, peer))
+        seconds["llmc-gptq"].append(_theirs(work, model, options.peer))
     ratio = median(seconds["llmc-gptq"]) / median(seconds["ours-default"])
     return {"rows": rows, "length": LENGTH, "seconds": seconds, "ratio": round(ratio, 2)}
 
