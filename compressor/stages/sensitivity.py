@@ -31,6 +31,7 @@ from compressor.modeling.linears import StoredLinear
 from compressor.modeling.state import BlockTensors
 from compressor.modeling.walk import Walk
 from compressor.recipe import QuantizeConfig
+from compressor.stages.backward import block_inputs, head_gradient, push_back
 from compressor.stages.context import StageContext
 from compressor.stages.solve import Rounding, round_stack, round_to_nearest
 from compressor.stages.statistics import calibration_rows
@@ -178,7 +179,7 @@ def fisher_scores(
     assert context.tokens is not None, "scores need calibration rows"
     walk = Walk(context.state, context.tokens, context.walk_options())
     rows = _scoring_rows(walk)
-    inputs = _block_inputs(walk, rows)
+    inputs = block_inputs(walk, rows, "fisher")
     gradient = head_gradient(walk, inputs.pop(), rows, context.seed)
     scores: Scores = {}
     for position in reversed(range(walk.num_blocks)):
@@ -192,31 +193,6 @@ def fisher_scores(
     return scores
 
 
-@torch.no_grad()
-def _block_inputs(walk: Walk, rows: slice) -> list[Tensor]:
-    """Inputs [R, T, D] of every block, and the last one's output, for the scoring rows."""
-    hidden = walk.open_stream("fisher").read(rows)
-    inputs = [hidden]
-    for position in range(walk.num_blocks):
-        hidden = _run_rows(walk, walk.load(position), position, hidden)
-        inputs.append(hidden)
-    return inputs
-
-
-def head_gradient(walk: Walk, hidden: Tensor, rows: slice, seed: int) -> Tensor:
-    """Gradient [R, T, D] of the log-likelihood of tokens drawn from the model's own output."""
-    generator = torch.Generator().manual_seed(seed)
-    gradients = []
-    for part in walk.batches(rows):
-        leaf = hidden[part].detach().requires_grad_()
-        logp = torch.log_softmax(walk.skeleton.leave(leaf, walk.tokens[part]).float(), -1)
-        flat = logp.detach().exp().flatten(0, 1)
-        drawn = torch.multinomial(flat, 1, generator=generator).view(*logp.shape[:2], 1)
-        (gradient,) = torch.autograd.grad(logp.gather(-1, drawn).sum(), leaf)
-        gradients.append(gradient)
-    return torch.cat(gradients)
-
-
 @dataclass(slots=True)
 class _Seen:
     """What one linear saw: inputs [n, I] and gradients at its outputs [n, O], in batches."""
@@ -226,22 +202,15 @@ class _Seen:
 
 
 def _backward(
-    walk: Walk, block: Block, position: int, at: tuple[Tensor, Tensor]
+    walk: Walk, block: Block, position: int, at: tuple[ActivationStore, Tensor]
 ) -> tuple[Tensor, dict[str, _Seen]]:
     """Push the gradient at a block's output [R, T, D] to its input, noting it at every linear."""
-    hidden, gradient = at
     seen = {name: _Seen([], []) for name in block.linears}
     handles = [m.register_forward_hook(_note(seen[n])) for n, m in block.linears.items()]
-    parts = []
-    for rows in walk.batches(slice(0, hidden.shape[0])):
-        leaf = hidden[rows].detach().requires_grad_()
-        with torch.enable_grad():
-            out = block.run(leaf, walk.kwargs(rows, position))
-        (part,) = torch.autograd.grad(out, leaf, gradient[rows])
-        parts.append(part)
+    gradient = push_back(walk, block, position, at)
     for handle in handles:
         handle.remove()
-    return torch.cat(parts), seen
+    return gradient, seen
 
 
 def _note(seen: _Seen) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
