@@ -112,6 +112,16 @@ class QuantizeConfig(Part):
         return self.effort in ("high", "max")
 
     @property
+    def learning_settings(self) -> Learning:
+        """`learning`, or its defaults."""
+        return self.learning or Learning()
+
+    @property
+    def recovery_settings(self) -> Recovery:
+        """`recovery`, or its defaults."""
+        return self.recovery or Recovery()
+
+    @property
     def labels(self) -> list[str]:
         """Every scheme that linears may get."""
         return list(self.candidates) if self.budget is not None else [self.scheme]

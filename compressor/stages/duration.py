@@ -26,7 +26,6 @@ from compressor.recipe import (
     TransformConfig,
 )
 from compressor.recipe.data import SELF
-from compressor.recipe.quantization import Learning, Recovery
 from compressor.stages.search import ROUNDS
 from compressor.stages.selection import block_linears, stored_dtype
 
@@ -93,18 +92,18 @@ def quantize_work(config: QuantizeConfig, sizes: Sizes) -> float:
     """FLOP of a quantize stage at its effort."""
     if config.is_data_free:
         return 200 * sizes.weights  # the search of the grid
-    work, own = 0.0, (config.recovery or Recovery()).own_rows if config.effort == "max" else 0
+    work, own = 0.0, config.recovery_settings.own_rows if config.effort == "max" else 0
     if own:
         work += WRITING * sizes.weights * own * sizes.length
         sizes = _with_rows(sizes, sizes.tokens + own * sizes.length, sizes.length)
     each = sizes.solve + _passes(sizes)
     work += each * (1 if config.budget is None else candidate_count(config.budget))
     if config.learns:  # after the search
-        learning = config.learning or Learning()
+        learning = config.learning_settings
         learned = learning.steps * learning.batch_size * sizes.length
         work += LEARNING * sizes.weights * learned + (each if config.budget is not None else 0)
     if config.effort == "max":
-        recovery = config.recovery or Recovery()
+        recovery = config.recovery_settings
         trained = recovery.steps * recovery.batch_size * sizes.length
         work += TRAINING * sizes.weights * trained
     return work

@@ -32,7 +32,6 @@ from compressor.modeling.linears import StoredLinear
 from compressor.modeling.state import BlockTensors
 from compressor.modeling.walk import Walk
 from compressor.recipe import QuantizeConfig
-from compressor.recipe.quantization import Learning
 from compressor.stages.blockwise import Sweep
 from compressor.stages.context import StageContext
 from compressor.stages.grids import check_scales, make_grid
@@ -89,6 +88,8 @@ class BlockLearner:
     ) -> dict[str, Any]:
         """Learn block `position`; put the result into `solved` if held-out rows say it is better.
 
+        The reference stream moves on to the original block's outputs, which were the targets.
+
         Args:
             position: of the block.
             original: the reference block.
@@ -102,7 +103,7 @@ class BlockLearner:
         pupil = load_block(self.walk.skeleton, position, source)
         linears = self._replace(pupil, formats)
         task = _Task(self, position, self._targets(position, original))
-        learning = self.config.learning or Learning()
+        learning = self.config.learning_settings
         schedule = Schedule(learning.steps, learning.rate, learning.scale_rate)
         found = learn(
             [linear.learned for linear in linears.values()],
@@ -111,6 +112,8 @@ class BlockLearner:
             schedule,
         )
         rival = task.judge(block)
+        outputs = (task.targets.read(rows) for rows in self.walk.batches())
+        self.walk.take_outputs(self.streams.reference, outputs, position)
         task.targets.close()
         better = found.after < rival
         if better:
@@ -128,9 +131,7 @@ class BlockLearner:
             made[name] = RoundedLinear(
                 pupil.linears[name], fmt, grid=self.config.grid, masked=masked
             )
-            parent, _, leaf = name.rpartition(".")
-            owner = pupil.module.get_submodule(parent) if parent else pupil.module
-            setattr(owner, leaf, made[name])
+            pupil.module.set_submodule(name, made[name])
             del pupil.linears[name]
         return made
 
@@ -174,7 +175,7 @@ class _Task:
         """Neighbouring rows; every row comes once before any comes again."""
         count, size = (
             self.learner.rows.stop,
-            (self.learner.config.learning or Learning()).batch_size,
+            self.learner.config.learning_settings.batch_size,
         )
         places = max(1, count // size)
         generator = torch.Generator().manual_seed(self.learner.seed + step // places)

@@ -11,7 +11,6 @@ ends worse on held-out rows.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,18 +19,17 @@ from compressor.data.rows import TokenRows, token_digest
 from compressor.modeling.state import ModelState
 from compressor.recipe import DataConfig, DistillConfig, QuantizeConfig
 from compressor.recipe.data import SELF
-from compressor.recipe.quantization import Recovery
 from compressor.stages import distill
 from compressor.stages.calibrate import rows_for
 from compressor.stages.context import StageContext
+from compressor.stages.training import SCALE_RATE
 
 CHECKPOINT_STEPS = 25
-SCALES_TO_OTHERS = 20.0  # `rate` is that of log-scales; norms and biases move this much slower
 
 
 def with_own_rows(config: QuantizeConfig, context: StageContext) -> StageContext:
     """The context with rows that the model wrote before the calibration rows."""
-    count = (config.recovery or Recovery()).own_rows
+    count = config.recovery_settings.own_rows
     if count == 0 or context.tokens is None:
         return context
     length = context.tokens.tokens.shape[1]
@@ -58,22 +56,19 @@ def recover(
     Returns:
         The best state on held-out rows, and facts for the report.
     """
-    assert context.tokens is not None, "high and max calibrate"
-    settings = config.recovery or Recovery()
+    rows = context.tokens
+    assert rows is not None, "high and max calibrate"
+    settings = config.recovery_settings
     training = DistillConfig(
         kind="distill",
         steps=settings.steps,
         batch_size=settings.batch_size,
-        learning_rate=settings.rate / SCALES_TO_OTHERS,
+        learning_rate=settings.rate / SCALE_RATE,  # `rate` is that of log-scales
         train=settings.train,
         checkpoint_steps=CHECKPOINT_STEPS,
     )
     inside = replace(context, state=start, run=context.run.part("recovery"))
-    report = distill.teach(training, inside, start, partial(_rows, context.tokens))
+    report = distill.teach(training, inside, start, lambda: rows)
     facts = dict(report.facts)
     facts.pop("losses", None)
     return report.state, facts
-
-
-def _rows(rows: TokenRows) -> TokenRows:
-    return rows
