@@ -45,8 +45,7 @@ def load_block(
     linears: dict[str, StoredLinear] = {}
     for name, meta in find_linears(module).items():
         linears[name] = _stored_linear(name, source, transposed=isinstance(meta, Conv1D))
-        parent, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(parent) if parent else module, leaf, linears[name])
+        module.set_submodule(name, linears[name])
     rest = {n: source.tensors[n].to(dtype) for n in module.state_dict()}
     module.load_state_dict(rest, assign=True)
     module.requires_grad_(False)

@@ -57,5 +57,4 @@ def split_experts(model: nn.Module) -> None:
         count, double, hidden = module.gate_up_proj.shape
         with torch.device(module.gate_up_proj.device):
             experts = [Expert(hidden, double // 2, module.act_fn) for _ in range(count)]
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, SplitExperts(experts))
+        model.set_submodule(name, SplitExperts(experts))

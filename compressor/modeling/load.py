@@ -247,8 +247,7 @@ class _Reader:
             self.packed_bytes += on_disk
             self.resident_bytes += made.resident_bytes
         self.kernels[made.plan.name] = self.kernels.get(made.plan.name, 0) + 1
-        parent, _, leaf = name.rpartition(".")
-        setattr(self.model.get_submodule(parent), leaf, made)
+        self.model.set_submodule(name, made)
 
     def _packed_module(
         self, module: nn.Module, packed: PackedWeight, bias: Tensor | None

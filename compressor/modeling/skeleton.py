@@ -62,8 +62,7 @@ class Skeleton:
         self.blocks_name = blocks_name
         self.blocks: list[nn.Module] = list(model.get_submodule(blocks_name))
         self._stubs = nn.ModuleList(_Stub(block) for block in self.blocks)
-        parent, _, leaf = blocks_name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, self._stubs)
+        model.set_submodule(blocks_name, self._stubs)
 
     @property
     def num_blocks(self) -> int:

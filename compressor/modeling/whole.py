@@ -291,11 +291,10 @@ def _trainable_block(
     """Put trainable linears into a block and list its parameters."""
     transposed: set[str] = set()
     for name, linear in block.linears.items():
-        parent, _, leaf = name.rpartition(".")
         behind = None if near is None else partial(near, position, name)
         new = _trainable(linear, behind, masked=name in block.masked, device=device)
         transposed |= {name} if linear.transposed and linear.format is None else set()
-        setattr(block.module.get_submodule(parent) if parent else block.module, leaf, new)
+        block.module.set_submodule(name, new)
     modules = dict(block.module.named_modules())
     slots = []
     for name, _ in block.module.named_parameters():

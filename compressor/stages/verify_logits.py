@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from compressor.artifact.formats import LayerFormat
 from compressor.artifact.packing import SUFFIXES
@@ -150,7 +150,5 @@ def _use_kernels(block: Block, source: BlockTensors, kernels: dict[str, int]) ->
         bias = source.tensors.get(f"{name}.bias")
         made = PackedLinear(packed, bias, device=device, dtype=torch.float32)
         kernels[made.plan.name] = kernels.get(made.plan.name, 0) + 1
-        parent, _, leaf = name.rpartition(".")
-        owner: nn.Module = block.module.get_submodule(parent) if parent else block.module
-        setattr(owner, leaf, made)
+        block.module.set_submodule(name, made)
     block.linears.clear()
