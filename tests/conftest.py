@@ -13,11 +13,12 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["COMPRESSOR_CACHE"] = tempfile.mkdtemp(prefix="compressor-test-cache-")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from tests.fixtures_models import build
 
@@ -34,3 +35,13 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
         return path if path.is_dir() else build(name, path)
 
     return get
+
+
+@pytest.fixture
+def quiet_transformers() -> Iterator[None]:
+    """transformers without progress bars and warnings."""
+    transformers.utils.logging.disable_progress_bar()
+    level = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    yield
+    transformers.utils.logging.set_verbosity(level)

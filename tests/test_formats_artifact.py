@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -23,17 +21,10 @@ from compressor.stages.verify import verify_artifact
 from tests.fixtures_models import build
 from tests.stage_fixtures import Bench, Built, build_artifact, random_rows
 
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
+
 FP4 = tuple(label for label in FIXED if SCHEMES[label].bits == 4)
 WIDE = {"hidden_size": 128, "intermediate_size": 256}
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    transformers.utils.logging.disable_progress_bar()
-    level = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()
-    yield
-    transformers.utils.logging.set_verbosity(level)
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -27,6 +25,8 @@ from compressor.stages.verify import verify_artifact
 from tests.fixtures_models import build
 from tests.stage_fixtures import Built, build_artifact, random_rows
 
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
+
 BOTH = {"head": "W8A16", "embeddings": "W8A16"}
 QUANTIZE: dict[str, Any] = {
     "kind": "quantize",
@@ -34,15 +34,6 @@ QUANTIZE: dict[str, Any] = {
     "group_size": 32,
     "method": "rtn",
 }
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    transformers.utils.logging.disable_progress_bar()
-    level = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()
-    yield
-    transformers.utils.logging.set_verbosity(level)
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -28,6 +27,8 @@ from tests.stage_fixtures import PACK, W4, Bench, Built, build_artifact, random_
 
 Models = Callable[[str], Path]
 Artifacts = Callable[..., Built]
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
+
 MOE = ("qwen3_moe", "mixtral")
 UNIFORM = ("llama", "llama_tied", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt_neox", *MOE)
 
@@ -48,15 +49,6 @@ def artifacts(tiny_models: Models, tmp_path_factory: pytest.TempPathFactory) -> 
         return built[key]
 
     return get
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    transformers.utils.logging.disable_progress_bar()
-    level = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()
-    yield
-    transformers.utils.logging.set_verbosity(level)
 
 
 def theirs(artifact: Path, dtype: torch.dtype) -> Any:
