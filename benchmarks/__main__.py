@@ -7,6 +7,7 @@ import sys
 
 BENCHMARKS = {
     "quality": "damage for each byte, ours and other tools'",
+    "prune_distill": "pruning, repair, distillation: ours, other tools', from scratch",
     "order": "the same parts in different orders: damage for each byte",
     "transforms": "scales and rotations, with and without outlier channels",
     "memory": "peak memory of quantizing a model of 4 GB",
@@ -18,7 +19,7 @@ BENCHMARKS = {
 def main(arguments: list[str]) -> int:
     """Run the benchmark named first; returns the exit code."""
     if not arguments or arguments[0] not in BENCHMARKS:
-        lines = [f"{name:10} {what}" for name, what in BENCHMARKS.items()]
+        lines = [f"{name:14} {what}" for name, what in BENCHMARKS.items()]
         sys.stdout.write("\n".join(["usage: python -m benchmarks NAME [--help]", *lines, ""]))
         return 0 if not arguments else 2
     importlib.import_module(f"benchmarks.{arguments[0]}").main(arguments[1:])

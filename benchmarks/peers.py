@@ -75,13 +75,13 @@ def write_dense(model: Path, weights: Weights, out: Path) -> None:
     (out / "config.json").write_text(text, encoding="utf-8")
 
 
-def _load(job: Job) -> Any:
+def load(job: Job) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
 
 
-def _tokenizer(job: Job) -> Any:
+def tokenizer_of(job: Job) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(job["model"])
@@ -93,7 +93,7 @@ def _linears(model: Any) -> dict[str, Any]:
     return {n: m for n, m in found if isinstance(m, torch.nn.Linear) and ".layers." in n}
 
 
-def _weights(model: Any) -> Weights:
+def weights_of(model: Any) -> Weights:
     return {n: m.weight.data for n, m in _linears(model).items()}
 
 
@@ -119,13 +119,13 @@ def _llmcompressor(job: Job) -> tuple[float, Weights]:
     modifier = (QuantizationModifier if is_rtn else GPTQModifier)(
         ignore=["lm_head"], config_groups={"all": scheme}
     )
-    tokens, model = torch.load(job["tokens"]), _load(job)
+    tokens, model = torch.load(job["tokens"]), load(job)
     ones = torch.ones_like(tokens).tolist()
     rows = Dataset.from_dict({"input_ids": tokens.tolist(), "attention_mask": ones})
     start = time.monotonic()
     oneshot(
         model=model,
-        tokenizer=_tokenizer(job),
+        tokenizer=tokenizer_of(job),
         dataset=rows,
         recipe=modifier,
         max_seq_length=tokens.shape[1],
@@ -151,11 +151,11 @@ def _autoround(job: Job) -> tuple[float, Weights]:
     """AutoRound with its defaults: 200 iterations of signed gradient descent for each block."""
     from auto_round import AutoRound
 
-    tokens, model = torch.load(job["tokens"]), _load(job)
+    tokens, model = torch.load(job["tokens"]), load(job)
     start = time.monotonic()
     rounder = AutoRound(
         model,
-        _tokenizer(job),
+        tokenizer_of(job),
         bits=job["bits"],
         group_size=job["group"],
         sym=job["symmetric"],
@@ -166,7 +166,7 @@ def _autoround(job: Job) -> tuple[float, Weights]:
         batch_size=BATCH,
     )
     done, _ = rounder.quantize()
-    return time.monotonic() - start, _weights(done)
+    return time.monotonic() - start, weights_of(done)
 
 
 def _gptqmodel(job: Job) -> tuple[float, Weights]:
@@ -198,7 +198,7 @@ def _hqq(job: Job) -> tuple[float, Weights]:
 
     if job["symmetric"]:
         raise SystemExit("HQQ has no symmetric grid")
-    weights, start = _weights(_load(job)), time.monotonic()
+    weights, start = weights_of(load(job)), time.monotonic()
     stored = {
         name: Quantizer.quantize(
             weight,
@@ -227,7 +227,7 @@ def _torchao(job: Job) -> tuple[float, Weights]:
         quantize_,
     )
 
-    model = _load(job)
+    model = load(job)
     if job["tool"] == "torchao-int4":
         config: Any = Int4WeightOnlyConfig(group_size=job["group"])
     else:
