@@ -17,9 +17,8 @@ from compressor.algorithms.divergence import kl_tokens
 from compressor.errors import CheckpointError, Interrupted, NumericError, RecipeError
 from compressor.modeling.state import ModelState
 from compressor.recipe import DataConfig, DistillConfig, Student
-from compressor.stages import training
+from compressor.stages.schedule import batch_rows, learning_rate
 from compressor.stages.student import spaced
-from compressor.stages.training import batch_rows, learning_rate
 from tests.fixtures_models import SENTENCES, build
 from tests.fixtures_stages import Bench, groups_hold, logits, units, weights
 
@@ -87,25 +86,24 @@ def test_a_bf16_student_is_judged_as_it_is_stored(tmp_path: Path, short: dict[st
 
 
 def test_a_rate_that_ruins_the_model_leaves_it_as_it_was(
-    tiny_models: Models, tmp_path: Path, short: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tiny_models: Models, tmp_path: Path, short: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(training, "EXPLOSION", 1e9)
     bench = Bench(tiny_models("llama"), tmp_path / "run")
     pruned = bench.apply(bench.original, "prune", sparsity=0.25).state
-    report = bench.apply(pruned, "distill", **short | {"learning_rate": 1.0})
+    report = bench.apply(pruned, "distill", **short | {"learning_rate": 1.0, "spike_factor": 1e9})
     assert report.facts["best_step"] == 0
     assert report.facts["kl_after"] == report.facts["kl_before"]
     assert report.state.blocks == pruned.blocks
 
 
 def test_an_explosion_stops_at_the_last_good_step_and_keeps_it(
-    tiny_models: Models, tmp_path: Path, short: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tiny_models: Models, tmp_path: Path, short: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(training, "EXPLOSION", 1.5)
     bench = Bench(tiny_models("llama"), tmp_path / "run")
     pruned = bench.apply(bench.original, "prune", sparsity=0.25).state
+    keys = short | {"learning_rate": 1.0, "spike_factor": 1.5, "spike_retries": 0}
     with pytest.raises(NumericError, match="diverged") as caught:
-        bench.apply(pruned, "distill", **short | {"learning_rate": 1.0})
+        bench.apply(pruned, "distill", **keys)
     assert caught.value.code == "NU10"
     assert any(name.endswith("last-good.safetensors") for name in units(tmp_path / "run"))
 
@@ -133,13 +131,13 @@ def journal(folder: Path) -> list[str]:
 
 
 def test_micro_batches_do_not_change_the_losses(
-    tiny_models: Models, tmp_path: Path, short: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tiny_models: Models, tmp_path: Path, short: dict[str, Any]
 ) -> None:
     losses = []
     for index, size in enumerate((4096, 24)):
-        monkeypatch.setattr(training, "TOKENS_PER_MICRO_BATCH", size)
         bench = Bench(tiny_models("llama"), tmp_path / f"run{index}")
         keys = short | {"student": Student(num_hidden_layers=1), "ce_weight": 0.5}
+        keys |= {"micro_batch_tokens": size}
         losses.append(bench.apply(bench.original, "distill", **keys).facts["losses"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 

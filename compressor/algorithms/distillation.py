@@ -1,88 +1,144 @@
 """Losses that teach a compressed student what the original would have said.
 
-With student logits z, teacher logits t and temperature T,
+With log-probabilities log p = log softmax(t/T) of the teacher, log q = log softmax(z/T) of the
+student and temperature T, for each token
 
-    forward_kl = T^2 KL(softmax(t/T) || softmax(z/T)),    d/dz = T (softmax(z/T) - softmax(t/T)).
+    forward_kl       T^2 sum_v p (log p - log q)          d/dz = T (q - p)
+    reverse_kl       T^2 sum_v q (log q - log p)
+    jsd              T^2 (b KL(p || m) + (1-b) KL(q || m)),   m = b p + (1-b) q
+    total_variation  T^2 sum_v |p - q| / 2                = T^2 (1 - rate of accepted drafts)
 
-The factor T^2 keeps the size of the gradient independent of T (Hinton et al. 2015, section 2). The
-teacher never receives a gradient. All losses are means over the tokens that ``mask`` leaves.
+The factor T^2 keeps the size of the gradient independent of T (Hinton et al. 2015, section 2); jsd
+as in GKD (arXiv 2306.13649), total variation as in DistillSpec (arXiv 2310.08461). The teacher
+never receives a gradient. What a teacher says may be a whole distribution or the few numbers that
+`sparse_logits` keeps of it.
 
-A vocabulary of 150k makes logits the largest tensor of training. ``chunked_forward_kl`` therefore
-takes hidden states and heads, and makes the logits of a few hundred tokens at a time; the backward
-pass makes them again instead of keeping them.
+A vocabulary of 150k makes logits the largest tensor of training. `chunked_sum` therefore asks for
+the losses of a few tokens at a time, takes their gradient at once and keeps that instead of logits:
+neither forwards nor backwards do the logits of more than one chunk exist.
 
-``scaled_dequantize`` is the weight of a quantized layer as a function of its scales only: codes and
+`scaled_dequantize` is the weight of a quantized layer as a function of its scales only: codes and
 zero points stay as they are, log(scale) is trained (an absolute step that suits one scale ruins
 another; a relative one suits all). Its forward value is bit for bit what ``grid.dequantize`` gives
 for the exported scale; the rounding of the scale passes gradients straight through.
 
-# T tokens (B batch x S steps), V vocabulary, D hidden width, O out, I in, G groups
+# t or T tokens (B batch x S steps), V vocabulary, D hidden width, O out, I in, G groups, R heads
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-TOKENS_PER_CHUNK = 512
-
-Head = Callable[[Tensor], Tensor]
+Kind = Literal["forward_kl", "reverse_kl", "jsd", "total_variation"]
+LossOf = Callable[[Tensor, slice], Tensor]
 
 
-def forward_kl(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    *,
-    temperature: float = 1.0,
-    mask: Tensor | None = None,
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Which distance of two distributions is taken, at which temperature."""
+
+    kind: Kind = "forward_kl"
+    beta: float = 0.5
+    temperature: float = 1.0
+
+    def log_probabilities(self, logits: Tensor) -> Tensor:
+        """log softmax(logits / T) in at least fp32, [..., V] -> [..., V]."""
+        return torch.log_softmax(wide(logits) / self.temperature, dim=-1)
+
+    def between(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+        """Distance of student q and teacher p for each token: two [..., V] -> [...]."""
+        log_p = log_p.detach()
+        return _DISTANCES[self.kind](log_q, log_p, self.beta) * self.temperature**2
+
+    def of_logits(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The same from logits, [..., V] -> [...]."""
+        return self.between(
+            self.log_probabilities(student), self.log_probabilities(teacher.detach())
+        )
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """KL(a || b) of each row; a = 0 contributes 0, whatever b says."""
+    impossible = log_a == -torch.inf
+    difference = log_a.masked_fill(impossible, 0) - log_b.masked_fill(impossible, 0)
+    return (log_a.exp() * difference).sum(dim=-1)
+
+
+def _jsd(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
+    impossible = (log_p == -torch.inf) & (log_q == -torch.inf)
+    known_p, known_q = (x.masked_fill(impossible, -1e4) for x in (log_p, log_q))  # exp gives 0
+    log_m = torch.logaddexp(known_p + math.log(beta), known_q + math.log1p(-beta))
+    return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+
+
+_DISTANCES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "forward_kl": lambda log_q, log_p, _: _kl(log_p, log_q),
+    "reverse_kl": lambda log_q, log_p, _: _kl(log_q, log_p),
+    "jsd": _jsd,
+    "total_variation": lambda log_q, log_p, _: (log_p.exp() - log_q.exp()).abs().sum(-1) / 2,
+}
+
+
+class _ChunkedSum(torch.autograd.Function):
+    """The sum of losses by chunk; gradients are taken forwards, while a chunk's logits exist."""
+
+    @staticmethod
+    def forward(ctx: Any, loss_of: LossOf, size: int, hidden: Tensor, *shared: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        of_hidden = torch.zeros_like(hidden)
+        of_shared: list[Tensor | None] = [None] * len(shared)
+        for begin in range(0, len(hidden), size):
+            rows = slice(begin, begin + size)
+            with torch.enable_grad():
+                part = hidden[rows].detach().requires_grad_()
+                loss = loss_of(part, rows)
+                found = torch.autograd.grad(loss, [part, *shared], allow_unused=True)
+            total += loss.detach()
+            of_hidden[rows] = found[0]
+            for i, gradient in enumerate(found[1:]):
+                if gradient is not None:
+                    known = of_shared[i]
+                    of_shared[i] = gradient if known is None else known.add_(gradient)
+        ctx.gradients = [of_hidden, *of_shared]
+        return total.to(torch.promote_types(hidden.dtype, torch.float32))
+
+    @staticmethod
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return (None, None, *(None if g is None else g * factor for g in ctx.gradients))
+
+
+def chunked_sum(
+    loss_of: LossOf, hidden: Tensor, *, shared: Iterable[Tensor], tokens_per_chunk: int
 ) -> Tensor:
-    """Scalar T^2 KL(teacher || student), averaged over tokens. Logits [..., V], mask [...] bool."""
-    return masked_mean(_kl_per_token(student_logits, teacher_logits, temperature), mask)
+    """Scalar sum of loss_of(hidden[rows], rows) over chunks of rows, with gradients.
 
-
-def chunked_forward_kl(
-    student_hidden: Tensor,
-    teacher_hidden: Tensor,
-    student_head: Head,
-    teacher_head: Head,
-    *,
-    temperature: float = 1.0,
-    mask: Tensor | None = None,
-    tokens_per_chunk: int = TOKENS_PER_CHUNK,
-) -> Tensor:
-    """``forward_kl`` of head(hidden) without ever holding the logits of more than one chunk.
-
-    Hidden states are [..., D]; heads map [t, D] to [t, V] (an ``nn.Linear`` will do). Gradients
-    reach student_hidden and the parameters of student_head. Tokens that the mask drops cost
-    nothing.
+    Args:
+        loss_of: scalar loss of hidden states [t, D] that are the given rows of all of them. It is
+            called once for each chunk; its logits are free before the next one.
+        hidden: [N, D].
+        shared: parameters that `loss_of` uses (the head); they get gradients as `hidden` does.
     """
-    student, teacher = _rows(student_hidden, mask), _rows(teacher_hidden, mask)
-
-    def chunk_loss(hidden: Tensor, target: Tensor) -> Tensor:
-        with torch.no_grad():
-            wanted = teacher_head(target)
-        return _kl_per_token(student_head(hidden), wanted, temperature).sum()
-
-    total = student.new_zeros((), dtype=torch.promote_types(student.dtype, torch.float32))
-    chunks = zip(
-        torch.split(student, tokens_per_chunk),
-        torch.split(teacher.detach(), tokens_per_chunk),
-        strict=True,
-    )
-    for hidden, target in chunks:
-        part = checkpoint(chunk_loss, hidden, target, use_reentrant=False)
-        total = total + part
-    return total / max(student.shape[0], 1)
+    trained = [p for p in shared if p.requires_grad]
+    if torch.is_grad_enabled() and (hidden.requires_grad or trained):
+        total: Tensor = _ChunkedSum.apply(loss_of, tokens_per_chunk, hidden, *trained)
+        return total
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    for begin in range(0, len(hidden), tokens_per_chunk):
+        rows = slice(begin, begin + tokens_per_chunk)
+        total = total + loss_of(hidden[rows], rows)
+    return total.to(torch.promote_types(hidden.dtype, torch.float32))
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """Scalar mean of -log q(target) in nats. Logits [..., V] already aligned with targets [...]."""
-    log_q = torch.log_softmax(_wide(logits), dim=-1)
-    loss = -log_q.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    return masked_mean(loss, mask)
+def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log q(target) of each token in nats: logits [..., V], targets [...] -> [...]."""
+    log_q = torch.log_softmax(wide(logits), dim=-1)
+    return -log_q.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 
 def hidden_mse(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
@@ -91,10 +147,29 @@ def hidden_mse(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) 
     Dividing by mean(teacher^2) makes one weight fit all layers, though the size of the residual
     stream grows with depth.
     """
-    target = _wide(teacher.detach())
-    error = (_wide(student) - target).square().mean(dim=-1)
+    target = wide(teacher.detach())
+    error = (wide(student) - target).square().mean(dim=-1)
     power = masked_mean(target.square().mean(dim=-1), mask)
     return masked_mean(error, mask) / power.clamp(min=1e-12)
+
+
+def attention_relation(student: Tensor, teacher: Tensor, *, heads: int) -> Tensor:
+    """Mean KL of how tokens relate, scalar: x [B, S, W] of one projection; widths may differ.
+
+    A relation is softmax(x_r x_r^T / sqrt(W/R)) over the tokens up to the present one, for each of
+    R = `heads` slices of the width: MiniLMv2 (arXiv 2012.15828), equation 4, made causal. `heads`
+    divides both widths.
+    """
+    log_q, log_p = (_relation(x, heads) for x in (student, teacher.detach()))
+    return _kl(log_p, log_q).mean()
+
+
+def _relation(x: Tensor, heads: int) -> Tensor:
+    """Log-probabilities [B, R, S, S] of the relations of x [B, S, W]."""
+    slices = wide(x).unflatten(-1, (heads, -1)).transpose(1, 2)
+    scores = slices @ slices.mT / math.sqrt(slices.shape[-1])
+    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+    return torch.log_softmax(scores.masked_fill(later, -torch.inf), dim=-1)
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
@@ -137,21 +212,6 @@ def exported_scale(log_scale: Tensor, *, scale_dtype: torch.dtype = torch.bfloat
     return scale.to(scale_dtype).to(log_scale.dtype)
 
 
-def _kl_per_token(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL of each token: [..., V] -> [...]."""
-    log_q = torch.log_softmax(_wide(student) / temperature, dim=-1)
-    log_p = torch.log_softmax(_wide(teacher.detach()) / temperature, dim=-1)
-    impossible = log_p == -torch.inf  # p = 0 contributes 0, whatever q says
-    difference = log_p.masked_fill(impossible, 0) - log_q.masked_fill(impossible, 0)
-    return (log_p.exp() * difference).sum(dim=-1) * temperature**2
-
-
-def _rows(hidden: Tensor, mask: Tensor | None) -> Tensor:
-    """[..., D] -> [t, D], only the tokens that count."""
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    return rows if mask is None else rows[mask.reshape(-1)]
-
-
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
     """At least fp32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -97,11 +97,13 @@ class Skeleton:
         *,
         positions: Tensor | None = None,
         grad: bool = False,
+        cache: Any = None,
     ) -> tuple[Tensor, list[dict[str, Any]]]:
         """Embed tokens [B, T]: the input of the first block, and each block's keyword arguments.
 
         Positions [B, T] that start again at 0 begin another document: tokens see only their own.
         Differentiable with respect to the embedding if `grad`. Final norm and head do not run.
+        Tokens go on behind those that a cache of transformers' knows; the blocks will fill it.
 
         Raises:
             UnsupportedError: the blocks get no mask that could keep documents apart (CK26).
@@ -112,7 +114,7 @@ class Skeleton:
         last.ends = True  # type: ignore[assignment]
         try:
             with torch.set_grad_enabled(grad):
-                self._run(tokens, mask, positions)
+                self._run(tokens, mask, positions, cache=cache)
         except _Entered:
             pass
         finally:
@@ -140,9 +142,13 @@ class Skeleton:
         self._set_replacement(None)
         return logits
 
-    def _run(self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None) -> Tensor:
-        places = {} if positions is None else {"position_ids": positions}
-        out = self.model(input_ids=tokens, attention_mask=mask, use_cache=False, **places)
+    def _run(
+        self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, *, cache: Any = None
+    ) -> Tensor:
+        more = {} if positions is None else {"position_ids": positions}
+        more |= {} if cache is None else {"past_key_values": cache}
+        known = cache is not None
+        out = self.model(input_ids=tokens, attention_mask=mask, use_cache=known, **more)
         return out.logits  # type: ignore[no-any-return]
 
     def _first(self) -> _Stub:

@@ -13,14 +13,16 @@ Legend: B rows, T tokens, D width, V vocabulary, O out, I in, G groups.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from compressor.algorithms.distillation import exported_scale, scaled_dequantize
 from compressor.algorithms.float_grid import FloatGrid
@@ -36,6 +38,7 @@ from compressor.modeling.skeleton import Skeleton
 from compressor.modeling.state import ModelState
 
 OUTER = -1  # position of the tensors outside of the blocks
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 Kind = Literal["weight", "scale", "latent", "vector", "table"]
 Near = Callable[[int, str], Tensor | None]  # the dense weight [O, I] behind the codes of a linear
 
@@ -210,8 +213,9 @@ class WholeModel:
         *,
         device: torch.device | str = "cpu",
         near: Near | None = None,
+        with_blocks: bool = True,
     ) -> None:
-        """Read everything; the compute dtype is fp32.
+        """Read everything, or what is outside of the blocks; the compute dtype is fp32.
 
         Codes of quantized linears can be trained if `near` says which dense weight, if any, is
         behind those of a linear (position of its block, name); else their scales alone can.
@@ -223,7 +227,7 @@ class WholeModel:
         self.skeleton.model.to(self.device).requires_grad_(False)
         self.slots = _outer_slots(self.skeleton, outer)
         self.blocks: list[Block] = []
-        for position in range(self.skeleton.num_blocks):
+        for position in range(self.skeleton.num_blocks if with_blocks else 0):
             source = state.read_block(position, self.skeleton)
             block = load_block(self.skeleton, position, source)
             self.slots += _trainable_block(
@@ -238,15 +242,63 @@ class WholeModel:
         found = modules.get(linear)
         return found.weight.detach() if isinstance(found, DenseLinear) else None
 
-    def hidden_states(self, tokens: Tensor, *, grad: bool = False) -> list[Tensor]:
-        """Outputs [B, T, D] of every block for tokens [B, T], with a graph if `grad`."""
-        states: list[Tensor] = []
+    def hidden_states(
+        self,
+        tokens: Tensor,
+        *,
+        wanted: Sequence[int] = (-1,),
+        grad: bool = False,
+        recompute: bool = False,
+        cache: Any = None,
+    ) -> list[Tensor]:
+        """Outputs [B, T, D] of the wanted blocks for tokens [B, T], with a graph if `grad`.
+
+        With `recompute` (gradient checkpointing) the graph keeps only the blocks' inputs and
+        runs each block again in the backward pass. A cache of transformers' holds tokens before.
+        """
+        count = len(self.blocks)
+        states: dict[int, Tensor] = {}
         with torch.set_grad_enabled(grad):
-            hidden, kwargs = self.skeleton.enter(tokens.to(self.device), grad=grad)
-            for block, known in zip(self.blocks, kwargs, strict=True):
-                hidden = block.run(hidden, known)
-                states.append(hidden)
-        return states
+            hidden, kwargs = self.skeleton.enter(tokens.to(self.device), grad=grad, cache=cache)
+            for place, (block, known) in enumerate(zip(self.blocks, kwargs, strict=True)):
+                if recompute and grad:
+                    hidden = checkpoint(block.run, hidden, known, use_reentrant=False)
+                else:
+                    hidden = block.run(hidden, known)
+                if place in wanted or place - count in wanted:
+                    states[place] = hidden
+        return [states[place % count] for place in wanted]
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Everything outside of the blocks; among it, what `head` computes with."""
+        return list(self.skeleton.model.parameters())
+
+    @contextmanager
+    def projections(self, position: int) -> Iterator[dict[str, Tensor]]:
+        """Catch what the q, k and v projections of a block give, [B, T, W] by "q", "k", "v".
+
+        Raises:
+            UnsupportedError: the block has no such linears (CK26).
+        """
+        named = self.blocks[position].module.named_modules()
+        found = {n.rpartition(".")[2][0]: m for n, m in named if n.endswith(PROJECTIONS)}
+        if set(found) != {"q", "k", "v"}:
+            raise UnsupportedError(
+                f"{self.skeleton.model_type}: attention has no q_proj, k_proj and v_proj",
+                code="CK26",
+                fix="set attention_weight to 0",
+            )
+        seen: dict[str, Tensor] = {}
+
+        def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+            return lambda _, given, out: seen.update({name: out})
+
+        handles = [m.register_forward_hook(note(name)) for name, m in found.items()]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def head(self, hidden: Tensor) -> Tensor:
         """Final norm and head: [t, D] -> logits [t, V].

@@ -3,19 +3,18 @@
 from compressor.recipe.base import Part
 from compressor.recipe.budget import Budget
 from compressor.recipe.data import DataConfig, EvaluationData
+from compressor.recipe.distillation import DistillConfig, Student
 from compressor.recipe.gate import Gate
 from compressor.recipe.models import (
     SCHEMA_VERSION,
     STAGE_CONFIGS,
     CalibrateConfig,
-    DistillConfig,
     EvaluateConfig,
     ModelConfig,
     PackConfig,
     PruneConfig,
     Recipe,
     StageConfig,
-    Student,
     VerifyConfig,
     Width,
 )

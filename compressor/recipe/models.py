@@ -7,16 +7,17 @@ set are refused. Defaults live here and nowhere else.
 # ruff: noqa: RUF012 (pydantic copies mutable defaults)
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from compressor.recipe.base import Part
 from compressor.recipe.data import DataConfig, EvaluationData
+from compressor.recipe.distillation import DistillConfig
 from compressor.recipe.gate import Gate
 from compressor.recipe.quantization import QuantizeConfig
 from compressor.recipe.transforms import TransformConfig
-from compressor.recipe.types import Fraction, KeptFraction, PositiveInt, Size, Text
+from compressor.recipe.types import KeptFraction, PositiveInt, Size, Text
 
 SCHEMA_VERSION = 1
 
@@ -70,51 +71,6 @@ class PruneConfig(Part):
         if sum(way is not None for way in ways) != 1:
             raise ValueError("give exactly one of sparsity, pattern, width and depth")
         return self
-
-
-class Student(Part):
-    """A smaller network to teach: from a folder, or like the teacher with some sizes changed."""
-
-    path: Text | None = None
-    num_hidden_layers: PositiveInt | None = None
-    hidden_size: PositiveInt | None = None
-    intermediate_size: PositiveInt | None = None
-    num_attention_heads: PositiveInt | None = None
-    num_key_value_heads: PositiveInt | None = None
-
-    @model_validator(mode="after")
-    def _path_or_sizes(self) -> Self:
-        sizes = self.model_dump(exclude={"path"}, exclude_none=True)
-        if (self.path is None) == (not sizes):
-            raise ValueError("give either path, or the sizes in which the student differs")
-        return self
-
-
-class DistillConfig(Part):
-    """Train the compressed model (or a smaller student) towards the original's distribution."""
-
-    kind: Literal["distill"]
-    data: DataConfig = Field(default_factory=DataConfig)
-    steps: PositiveInt = 200
-    batch_size: PositiveInt = 8
-    learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-4
-    schedule: Literal["cosine", "wsd"] = "cosine"
-    warmup_steps: Annotated[int, Field(ge=0)] = 10
-    temperature: Annotated[float, Field(gt=0.0, le=100.0)] = 1.0
-    ce_weight: Fraction = 0.0
-    hidden_weight: Annotated[float, Field(ge=0.0)] = 0.0
-    train: Literal["auto", "weights", "scales", "scales_and_norms", "codes"] = "auto"
-    student: Student | None = None
-    checkpoint_steps: PositiveInt = 50
-    gradient_clip: Annotated[float, Field(gt=0.0)] = 1.0
-
-    @model_validator(mode="before")
-    @classmethod
-    def _short_runs_warm_up_shortly(cls, data: Any) -> Any:
-        steps = data.get("steps") if isinstance(data, dict) else None
-        if type(steps) is not int or not 0 < steps < 20:
-            return data
-        return {"warmup_steps": steps // 2, **data}
 
 
 class PackConfig(Part):

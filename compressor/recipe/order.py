@@ -13,7 +13,8 @@ from collections.abc import Callable
 
 from compressor.errors import RecipeError
 from compressor.recipe.base import Part
-from compressor.recipe.models import DistillConfig, PruneConfig, Recipe
+from compressor.recipe.distillation import DistillConfig
+from compressor.recipe.models import PruneConfig, Recipe
 from compressor.recipe.patterns import check_patterns
 from compressor.recipe.presets import (
     LOADERS,

@@ -15,8 +15,8 @@ rows, the start included: it never gets worse there.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 from safetensors.torch import load_file
@@ -24,31 +24,38 @@ from torch import Tensor
 
 from compressor.data import TokenRows
 from compressor.errors import RecipeError
-from compressor.modeling.skeleton import parse_config
 from compressor.modeling.state import ModelState
 from compressor.modeling.whole import OUTER, Near, Slot, WholeModel
 from compressor.recipe import DistillConfig
 from compressor.stages import processes
 from compressor.stages.calibrate import rows_for
+from compressor.stages.checkpoints import Checkpoints, Resume
 from compressor.stages.context import StageContext, StageReport
+from compressor.stages.objective import Objective, Pupils
 from compressor.stages.student import make_student
-from compressor.stages.training import Progress, Pupils, Training
+from compressor.stages.teacher_cache import CacheKey, TeacherCache, key_of
+from compressor.stages.trackers import Track, tracking
+from compressor.stages.training import Callbacks, Progress, Spike, Training, held_out_rows
 
 FINISHED = "finished"
-LAST_GOOD = "last-good"  # what a diverged training leaves
 NEEDED = {"weights": "weight", "scales": "scale", "scales_and_norms": "scale", "codes": "latent"}
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What every process needs to take part; `resume` is a checkpoint's file and journal meta."""
+    """What every process needs to take part; `resume` is a checkpoint's file and journal meta.
+
+    cache: of the teacher's targets, if there is one. spikes: steps that were undone so far.
+    """
 
     config: DistillConfig
     teacher: ModelState
     student: ModelState
     tokens: Tensor
     seed: int
-    resume: tuple[Path, dict[str, Any]] | None
+    cache: CacheKey | None = None
+    resume: Resume | None = None
+    spikes: tuple[int, ...] = ()
 
 
 def apply(config: DistillConfig, context: StageContext) -> StageReport:
@@ -57,9 +64,9 @@ def apply(config: DistillConfig, context: StageContext) -> StageReport:
     Raises:
         RecipeError: nothing to train, or a student that cannot be made (RC17).
         DataError: text that cannot be used. NumericError: training diverged (NU10).
+        ResourceError: another process of the training is gone (KI17).
     """
     start, notes = make_student(config, context)
-    _check_pair(config, context.original, start)
     report = teach(config, context, start, lambda: _rows(config, context))
     return replace(report, facts=report.facts | {"notes": notes + report.facts["notes"]})
 
@@ -74,22 +81,64 @@ def teach(
 
     `rows_of` is called only if there is something left to train.
     """
-    notes: list[str] = []
+    checkpoints = Checkpoints(config, context.run)
     if not _is_finished(context, len(start.blocks)):
         rows = rows_of()
         _check_same_rows(config, context, rows.digest)
-        resume = _newest(context, config)
-        task = Task(config, context.original, start, rows.tokens, context.seed, resume)
-        processes.send(replace_states(task))
-        training = _train(task, context)
+        key = _filled_cache(config, context, rows.tokens)
+        task = Task(config, context.original, start, rows.tokens, context.seed, key)
+        training = _train(task, context, checkpoints)
         _write(context, training, start)
     facts = context.run.meta(FINISHED)
-    if facts["best_step"] == 0:
-        notes = ["no step was better than the start on held-out rows: the start is kept"]
-    facts["losses"] = _losses(context, config)
+    notes = _notes(facts, config)
+    facts["losses"] = checkpoints.losses()
     facts["teacher"] = context.original.checkpoint.digest
     state = _after(context, start, facts)
     return StageReport(state, facts | {"notes": notes})
+
+
+def _notes(facts: dict[str, Any], config: DistillConfig) -> list[str]:
+    """What a person should know about a finished training."""
+    notes = []
+    if facts["best_step"] == 0:
+        notes.append("no step was better than the start on held-out rows: the start is kept")
+    if facts["steps"] < config.steps:
+        notes.append(f"held-out KL fell no more: stopped after {facts['steps']} steps")
+    if facts["spikes"]:
+        shown = ", ".join(map(str, facts["spikes"]))
+        notes.append(f"the loss jumped at step {shown}: back to a checkpoint, on at half the rate")
+    return notes
+
+
+def _filled_cache(config: DistillConfig, context: StageContext, tokens: Tensor) -> CacheKey | None:
+    """The key of the teacher's cache after asking the teacher; None if the recipe wants none."""
+    if not config.teacher.is_cached:
+        return None
+    digest = context.original.checkpoint.content_digest()
+    held_out = held_out_rows(len(tokens), config)
+    key = key_of(config, digest, tokens, held_out=held_out, seed=context.seed)
+    cache = TeacherCache(config.teacher.cache, key)
+    if cache.is_whole():
+        return key
+    teacher = WholeModel(context.original, device=processes.join().device)
+    _check_count(config, teacher)
+
+    def tell(index: int, total: int) -> None:
+        context.run.progress({"unit": "teacher", "index": index, "total": total})
+
+    cache.fill(teacher, tokens, tell)
+    return key
+
+
+def _check_count(config: DistillConfig, teacher: WholeModel) -> None:
+    vocabulary = teacher.skeleton.model.config.get_text_config().vocab_size
+    if config.teacher.targets == "top_k" and config.teacher.count >= vocabulary:
+        raise RecipeError(
+            f"top_k of {config.teacher.count} leaves nothing of {vocabulary} tokens",
+            code="RC17",
+            where=config.where("teacher.count"),
+            fix="use a smaller count, or targets: full",
+        )
 
 
 def _rows(config: DistillConfig, context: StageContext) -> TokenRows:
@@ -110,25 +159,14 @@ def _rows(config: DistillConfig, context: StageContext) -> TokenRows:
 
 def help_training(task: Task) -> None:
     """Take part in the training of another process; nothing is written here."""
-    training = _prepare(task)
-    training.run(lambda is_sound: None, lambda loss: None)
+    with suppress(Spike):  # process 0 sees it too and sends a new task
+        _prepare(task).run(Callbacks(save=lambda: None, report=lambda facts: None))
 
 
 def replace_states(task: Task) -> Task:
     """The task as it can be sent to another process."""
     states = {n: processes.portable(getattr(task, n)) for n in ("teacher", "student")}
     return replace(task, **states)  # type: ignore[arg-type]
-
-
-def _check_pair(config: DistillConfig, teacher: ModelState, student: ModelState) -> None:
-    theirs, ours = (parse_config(s.config).get_text_config() for s in (teacher, student))
-    if config.hidden_weight > 0 and theirs.hidden_size != ours.hidden_size:
-        raise RecipeError(
-            f"hidden states of width {theirs.hidden_size} and {ours.hidden_size} do not compare",
-            code="RC17",
-            where=config.where("hidden_weight"),
-            fix="set hidden_weight to 0",
-        )
 
 
 def _check_same_rows(config: DistillConfig, context: StageContext, digest: str) -> None:
@@ -144,35 +182,25 @@ def _check_same_rows(config: DistillConfig, context: StageContext, digest: str) 
         )
 
 
-def _step_unit(step: int) -> str:
-    return f"step-{step:07d}"
-
-
-def _checkpoints(config: DistillConfig) -> list[int]:
-    every = config.checkpoint_steps
-    return sorted({*range(every, config.steps + 1, every), config.steps})
-
-
-def _newest(context: StageContext, config: DistillConfig) -> tuple[Path, dict[str, Any]] | None:
-    """The last whole checkpoint. Asked from the end: older files are deleted on purpose."""
-    for step in reversed(_checkpoints(config)):
-        unit = _step_unit(step)
-        if context.run.file(unit).exists() and context.run.is_done(unit):
-            return context.run.file(unit), context.run.meta(unit)
-    return None
-
-
 def _prepare(task: Task) -> Training:
-    device = processes.join().device
-    teacher = WholeModel(task.teacher, device=device)
-    near = _near(task, teacher) if task.config.train == "codes" else None
+    device, config = processes.join().device, task.config
+    cache = None if task.cache is None else TeacherCache(config.teacher.cache, task.cache)
+    learns_codes = config.train == "codes"
+    asked = cache is None or learns_codes  # codes start beside the teacher's weights
+    teacher = WholeModel(task.teacher, device=device, with_blocks=asked)
+    near = _near(task, teacher) if learns_codes else None
     student = WholeModel(task.student, device=device, near=near)
-    slots = chosen_slots(task.config, student.slots)
+    _check_count(config, teacher)
+    slots = chosen_slots(config, student.slots)
     pupils = Pupils(teacher, student, slots, _pairs(task.teacher, task.student))
-    training = Training(task.config, pupils, task.tokens, seed=task.seed)
+    objective = Objective(config, pupils, cache=cache, seed=task.seed)
+    training = Training(objective, task.tokens, seed=task.seed)
     if task.resume is not None:
         file, meta = task.resume
-        training.restore(load_file(file), Progress(**{**meta["progress"], "losses": []}))
+        training.restore(load_file(file), Progress(**meta["progress"]))
+        if file.stem.startswith("step"):
+            training.progress.losses = []
+    training.progress.spikes = list(task.spikes) or training.progress.spikes
     return training
 
 
@@ -226,25 +254,39 @@ def _pairs(teacher: ModelState, student: ModelState) -> list[int]:
     return [round((i + 1) * last / count) - 1 for i in range(count)]
 
 
-def _train(task: Task, context: StageContext) -> Training:
-    training = _prepare(task)
-    total = task.config.steps
-    checkpoints = _checkpoints(task.config)
+def _train(task: Task, context: StageContext, checkpoints: Checkpoints) -> Training:
+    """Train to the end; after a spike of the loss, go back to a checkpoint and on."""
+    task = replace(task, resume=checkpoints.newest())
+    with tracking(task.config, context.run.path) as track:
+        while True:
+            processes.send(replace_states(task))
+            training = _prepare(task)
+            try:
+                training.run(_callbacks(training, context, checkpoints, track))
+            except Spike as spike:
+                spikes = [*training.progress.spikes, spike.step]
+                if len(spikes) > task.config.spike_retries:
+                    checkpoints.save_last_good(training)
+                    raise training.diverged(spike) from spike
+                checkpoints.forget_timed()
+                task = replace(task, resume=checkpoints.newest(timed=False), spikes=tuple(spikes))
+                continue
+            return training
 
-    def save(is_sound: bool) -> None:
-        step = training.progress.step
-        unit = _step_unit(step) if is_sound else LAST_GOOD
-        context.run.commit(unit, training.tensors(), {"progress": asdict(training.progress)})
-        for older in (s for s in checkpoints if is_sound and s < step):
-            context.run.file(_step_unit(older)).unlink(missing_ok=True)
 
-    def report(loss: float) -> None:
-        step = training.progress.step
-        event = {"unit": _step_unit(step), "index": step, "total": total, "loss": loss}
-        context.run.progress(event | {"held_out_kl": training.progress.best_kl})
+def _callbacks(
+    training: Training, context: StageContext, checkpoints: Checkpoints, track: Track
+) -> Callbacks:
+    total = training.config.steps
 
-    training.run(save, report)
-    return training
+    def report(facts: dict[str, float]) -> None:
+        step, known = training.progress.step, training.progress.best_kl
+        checkpoints.save_if_due(training)
+        track(facts | {"held_out_kl": training.progress.validation[-1][1]}, step)
+        event = {"unit": f"step-{step:07d}", "index": step, "total": total, "loss": facts["loss"]}
+        context.run.progress(event | {"held_out_kl": known})
+
+    return Callbacks(save=lambda: checkpoints.save(training), report=report)
 
 
 def _write(context: StageContext, training: Training, start: ModelState) -> None:
@@ -265,11 +307,13 @@ def _write(context: StageContext, training: Training, start: ModelState) -> None
             "trained": trained,
             "steps": progress.step,
             "tokens": progress.step * training.config.batch_size * training.rows.shape[1],
-            "held_out_rows": len(training.held_out),
+            "held_out_rows": training.held_out_count,
             "kl_before": progress.validation[0][1],
             "kl_after": progress.best_kl,
             "best_step": progress.best_step,
             "validation": progress.validation,
+            "spikes": progress.spikes,
+            **{name: round(value, 6) for name, value in progress.best.items()},
         },
     )
 
@@ -295,14 +339,6 @@ def _is_finished(context: StageContext, num_blocks: int) -> bool:
         return True
     units = [_block_unit(i) for i in range(num_blocks)] + ["outer"]
     return all(run.is_done(unit) for unit in units)
-
-
-def _losses(context: StageContext, config: DistillConfig) -> list[float]:
-    """Loss of every step, from the journal of the checkpoints (their files may be gone)."""
-    losses: list[float] = []
-    for step in _checkpoints(config):
-        losses += context.run.meta(_step_unit(step))["progress"]["losses"]
-    return losses
 
 
 def _after(context: StageContext, start: ModelState, facts: dict[str, Any]) -> ModelState:

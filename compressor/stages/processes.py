@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
 
-from compressor.errors import CompressError
+from compressor.errors import CompressError, ResourceError
 from compressor.modeling.state import ModelState
 
 WAIT = timedelta(days=30)  # a run may calibrate for long before it trains
@@ -66,6 +67,26 @@ def follow(work: Callable[[Any], None]) -> None:
             work(received[0])
         except CompressError:  # the same numbers fail in process 0, which tells and ends the run
             return
+
+
+def add(accelerator: Accelerator, tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, the same in each of them.
+
+    Raises:
+        ResourceError: another process is gone (KI17).
+    """
+    if accelerator.num_processes == 1:
+        return tensor
+    try:
+        total: Tensor = accelerator.reduce(tensor, "sum")
+    except RuntimeError as error:
+        raise ResourceError(
+            "a process that helped in training is gone",
+            code="KI17",
+            why=f"{str(error).splitlines()[0]}. What was committed before is on disk.",
+            fix="look at what ended it (memory?) and run the same command again: it goes on",
+        ) from error
+    return total
 
 
 def portable(state: ModelState) -> ModelState:

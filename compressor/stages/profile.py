@@ -139,11 +139,15 @@ def kept_path(config: QuantizeConfig, key: dict[str, str]) -> Path | None:
     return cache_folder() / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 
 
+def cache_base() -> Path:
+    """The program's cache folder."""
+    own, shared = os.environ.get("COMPRESSOR_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    return Path(own) if own else Path(shared or Path.home() / ".cache") / "compressor"
+
+
 def cache_folder() -> Path:
     """The folder of kept profiles."""
-    own, shared = os.environ.get("COMPRESSOR_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    base = Path(own) if own else Path(shared or Path.home() / ".cache") / "compressor"
-    return base / "profiles"
+    return cache_base() / "profiles"
 
 
 def profile_key(config: QuantizeConfig, context: StageContext) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """A new, smaller student: the teacher's blocks, random weights, or a checkpoint of its own.
 
+* `layers`: these blocks of the teacher;
 * only `num_hidden_layers` differs: evenly spaced blocks of the teacher, first and last included;
 * another size differs: drawn at random from the seed, as transformers initialises such a model;
 * `path`: any checkpoint that speaks the same vocabulary.
@@ -21,7 +22,7 @@ from compressor.modeling.hub import resolve_model
 from compressor.modeling.load import load_tokenizer
 from compressor.modeling.skeleton import empty_model, parse_config
 from compressor.modeling.state import BlockRef, ModelState
-from compressor.recipe import DistillConfig, Student
+from compressor.recipe import DistillConfig
 from compressor.stages.context import StageContext
 from compressor.stages.prune_depth import config_with_layers, keep_layers
 
@@ -39,10 +40,13 @@ def make_student(config: DistillConfig, context: StageContext) -> tuple[ModelSta
         return context.state, []
     if student.path is not None:
         return _from_folder(student.path, config, context)
-    sizes = student.model_dump(exclude={"path"}, exclude_none=True)
-    if set(sizes) == {"num_hidden_layers"}:
-        return _from_blocks(student, config, context)
-    return _from_seed(sizes, config, context)
+    if student.layers is not None:
+        return _from_blocks(student.layers, config, context)
+    if set(student.sizes) == {"num_hidden_layers"}:
+        total, count = len(context.original.blocks), student.sizes["num_hidden_layers"]
+        kept = spaced(count, total) if count <= total else list(range(count))
+        return _from_blocks(kept, config, context)
+    return _from_seed(student.sizes, config, context)
 
 
 def spaced(count: int, of: int) -> list[int]:
@@ -81,13 +85,11 @@ def _vocab_size(config: dict[str, Any]) -> int:
 
 
 def _from_blocks(
-    student: Student, config: DistillConfig, context: StageContext
+    kept: list[int], config: DistillConfig, context: StageContext
 ) -> tuple[ModelState, list[str]]:
-    total, count = len(context.original.blocks), student.num_hidden_layers
-    assert count is not None, "the only size that differs"
-    if count > total:
-        raise _impossible(config, f"the teacher has {total} blocks, fewer than {count}")
-    kept = spaced(count, total)
+    total = len(context.original.blocks)
+    if kept[-1] >= total:
+        raise _impossible(config, f"the teacher has {total} blocks, no block {kept[-1]}")
     note = f"the student starts from the teacher's blocks {kept}"
     return keep_layers(context.original, kept), [note]
 
