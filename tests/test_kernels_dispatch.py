@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compressor_kernels import cpu, dispatch
+from compressor_kernels import cpu, dispatch, native
 from compressor_kernels.dispatch import LinearSpec, plan_for, plan_linear
 from compressor_kernels.reference import (
     dequantize_checkpoint,
@@ -41,23 +41,33 @@ def relative_error(spec, x_dtype, rows):
     return float((y.double() - exact).norm() / exact.norm())
 
 
+@pytest.fixture
+def torch_only(monkeypatch):
+    monkeypatch.setattr(native, "library", lambda: None)
+
+
+@pytest.mark.usefixtures("torch_only")
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_the_cpu_way_agrees_with_the_reference(bits, group_size, symmetric, dtype):
+def test_the_cpu_way_without_a_compiler_agrees_with_the_reference(
+    bits, group_size, symmetric, dtype
+):
     for shape in SHAPES:
         spec = LinearSpec(bits, group_size, symmetric, shape, dtype)
         for rows in (1, 40):
             assert relative_error(spec, dtype, rows) < ROUNDING[dtype], (shape, rows)
 
 
+@pytest.mark.usefixtures("torch_only")
 def test_a_plan_made_for_bf16_still_computes_float32_activations_exactly():
     for bits, group in ((4, 64), (8, -1)):
         spec = LinearSpec(bits, group, True, (128, 256), torch.bfloat16)
         assert relative_error(spec, torch.float32, 3) < 2e-6
 
 
+@pytest.mark.usefixtures("torch_only")
 def test_the_plan_says_what_it_chose_and_why():
     plan = plan_linear("cpu", 4, group_size=128, symmetric=True, shape=(256, 256))
     assert plan.name in ("cpu-bytes", "planes")

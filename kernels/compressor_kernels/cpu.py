@@ -1,7 +1,9 @@
 """Linears with packed integer weights on the CPU.
 
-Four ways, chosen per layer by `dispatch.py` from what the processor can do:
+Ways, chosen per layer by `dispatch.py` from what the processor can do:
 
+- `native`: C kernels compiled on this machine (`native.py`), any width, groups of whole blocks of
+  32 columns. Exact, or with activations rounded to eight bits. Where they cannot be compiled:
 - `bit planes`: any width from 2 to 8 bits (`planes.py`). Each call dequantizes a few hundred rows
   at a time, so the temporary stays small and only the packed bytes are resident. Arithmetic is
   exact: s * (q - z) in float32.
@@ -26,11 +28,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from compressor_kernels import native
 from compressor_kernels.planes import from_planes
 from compressor_kernels.reference import expand_groups
 
 CHUNK_ELEMENTS = 1 << 19  # dequantized floats alive at once: 2 MiB, fastest here of 2^16 ... 2^22
 SMALL_ROWS = 32  # the packed ops beat dequantizing up to here (bench/results)
+MANY_ROWS = 64  # from here on MKL's product of dequantized rows beats the exact C kernel
 
 
 def _flag(name: str) -> bool:
@@ -57,6 +61,28 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     """bf16 when x is and the device has bf16 products, else float32."""
     fast = x.device.type != "cpu" or has_fast_bf16()
     return x.dtype if x.dtype == torch.bfloat16 and fast else torch.float32
+
+
+# ------------------------------------------------------------------ C kernels
+
+
+def native_linear(
+    x: Tensor, resident: dict[str, Tensor], weight: native.Weight, *, rounds: bool
+) -> Tensor:
+    """y = x @ w^T for x [M, I]; many exact rows are multiplied with `CHUNK_ELEMENTS` weights at a
+    time, dequantized in C (in bf16 where x and the processor have it); [M, O].
+    """
+    compute = _compute_dtype(x)
+    if rounds or x.shape[0] < (MANY_ROWS if compute == torch.float32 else SMALL_ROWS):
+        return native.linear(weight, x, resident, rounds=rounds)
+    out_features, columns = weight.shape
+    x_wide = x.to(compute)
+    y = torch.empty((x.shape[0], out_features), dtype=compute)
+    step = max(64, CHUNK_ELEMENTS // columns // 64 * 64)  # whole bands
+    for start in range(0, out_features, step):
+        dense = native.expanded(weight, resident, start, step)
+        y[:, start : start + step] = x_wide @ dense.to(compute)
+    return y.to(x.dtype)
 
 
 # ------------------------------------------------------------------ exact, any width

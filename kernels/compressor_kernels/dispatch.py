@@ -1,7 +1,7 @@
 """Which code computes a packed linear on this device, decided once per layer and said aloud.
 
     plan = plan_linear("cpu", bits=4, group_size=128, symmetric=True, shape=(4096, 4096))
-    plan.name, plan.reason            # "cpu-bytes", "activations are not bf16: exact float32 ..."
+    plan.name, plan.reason            # "native", "AVX2, 0a1b...so: exact float32"
     resident = plan.prepare(tensors)  # checkpoint tensors -> the tensors to keep
     y = plan.apply(x, resident)       # x [..., I] -> y [..., O] in x.dtype
 
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compressor_kernels import cpu
+from compressor_kernels import cpu, native
 from compressor_kernels.layout import GROUP_SIZES, PlanarWeight, from_planar, to_planar
 from compressor_kernels.planes import to_planes
 from compressor_kernels.reference import dequant_gemm as reference_gemm
@@ -26,8 +26,10 @@ from compressor_kernels.reference import (
     dequantize,
     dequantize_checkpoint,
     dequantize_stored,
+    num_groups,
     pack_codes,
     read_checkpoint,
+    unpack_zero_point,
 )
 
 Tensors = dict[str, Tensor]
@@ -39,7 +41,8 @@ class LinearSpec:
 
     `dtype` is the dtype of the activations the layer will mostly see; apply() takes any. None means
     float32 on the CPU and a 16-bit type elsewhere. `stored` is the checkpoint's way of storing, by
-    compressed-tensors' name, `block` the edge of square blocks with one scale (0: none).
+    compressed-tensors' name, `block` the edge of square blocks with one scale (0: none). With
+    `rounds` the C kernels may round activations to eight bits (one scale for 32 columns).
     """
 
     bits: int
@@ -49,6 +52,7 @@ class LinearSpec:
     dtype: torch.dtype | None = None
     stored: str = "pack-quantized"
     block: int = 0
+    rounds: bool = False
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -144,6 +148,10 @@ def choose(device: torch.device, spec: LinearSpec) -> tuple[str, str]:
         return "dense", f"no kernel for {spec.stored}: dequantized once, a dense product"
     if device.type != "cpu":
         return _choose_gpu(device, spec)
+    if native.takes(spec.bits, spec.group_size) and native.library() is not None:
+        if spec.rounds:
+            return "native-int8", f"{native.reason()}: activations rounded to eight bits"
+        return "native", f"{native.reason()}: exact float32"
     capability = torch.backends.cpu.get_cpu_capability()
     if spec.dtype != torch.bfloat16:
         fills_bytes = spec.shape[1] * spec.bits % 8 == 0
@@ -223,6 +231,27 @@ def _apply_int8(spec: LinearSpec, x: Tensor, resident: Tensors) -> Tensor:
     return cpu.int8_op_linear(x, resident)
 
 
+def _native_weight(spec: LinearSpec) -> native.Weight:
+    return native.Weight(spec.bits, spec.group_size, spec.shape)
+
+
+def _prepare_native(spec: LinearSpec, tensors: Tensors) -> Tensors:
+    zeros, groups = None, num_groups(spec.shape[1], spec.group_size)
+    if not spec.symmetric:
+        zeros = unpack_zero_point(tensors["weight_zero_point"], spec.bits, (spec.shape[0], groups))
+    return native.lay_out(
+        _native_weight(spec), tensors["weight_packed"], tensors["weight_scale"], zeros
+    )
+
+
+def _apply_native(spec: LinearSpec, x: Tensor, resident: Tensors) -> Tensor:
+    return cpu.native_linear(x, resident, _native_weight(spec), rounds=False)
+
+
+def _apply_native_int8(spec: LinearSpec, x: Tensor, resident: Tensors) -> Tensor:
+    return cpu.native_linear(x, resident, _native_weight(spec), rounds=True)
+
+
 def _prepare_reference(spec: LinearSpec, tensors: Tensors) -> Tensors:
     return dict(tensors)
 
@@ -252,6 +281,8 @@ def _apply_dense(spec: LinearSpec, x: Tensor, resident: Tensors) -> Tensor:
 
 WAYS: dict[str, Way] = {
     "triton": Way(_prepare_triton, _apply_triton),
+    "native": Way(_prepare_native, _apply_native),
+    "native-int8": Way(_prepare_native, _apply_native_int8),
     "planes": Way(_prepare_planes, _apply_planes),
     "cpu-bytes": Way(_prepare_bytes, _apply_planes),
     "cpu-int4": Way(_prepare_int4, _apply_int4),

@@ -1,0 +1,328 @@
+/* y = x W^T with the weight packed, W[n][k] = s[n][g] * (q[n][k] - z[n][g]).
+ *
+ * Layout: LANES rows make a band, 32 columns a block. A band's blocks follow each other; a block of
+ * b bits is b vectors, and lane r of a vector holds row r. The binary digits of b name the planes
+ * (3 = 2 + 1), the most significant first; a plane of width p is p vectors of 8 / p fields, and
+ * field f of vector v, in each of the four bytes of a lane, belongs to columns 4 i .. 4 i + 3 of
+ * step i = v * (8 / p) + f. Scales and zero points are [band][group][LANES]. So a band is read
+ * once, front to back, and unpacking is shifts and masks.
+ *
+ * Two ways: `exact` multiplies codes with float32 activations; `int8` rounds the activations of
+ * each block to eight bits, x ~ d * t with d = max |x| / 127, and sums codes in integers. Both
+ * take sum_k q x - z sum_k x for each block and scale it.
+ *
+ * Letters: N rows of the weight, K columns, M rows of x. */
+#include "simd.h"
+
+#include <math.h>
+
+#define TILE 64      /* rows of x that share one unpacked block in the int8 way */
+#define TILE_BYTES (160 << 10) /* and how much of the second level cache their blocks may take */
+#define SERIAL (1 << 16)       /* fewer products are not worth waking threads */
+
+typedef struct {
+    const uint8_t *stream;
+    const void *scale;
+    const uint8_t *zeros; /* NULL: symmetric */
+    int64_t rows, columns, blocks, group_blocks;
+    int32_t bits, scale_kind; /* 0 float32, 1 bfloat16, 2 float16 */
+} Weight;
+
+typedef struct {
+    float scale, sum; /* sum = scale * sum of codes */
+    int8_t codes[BLOCK];
+} Rounded;
+
+INLINE vf load_scale(const Weight *w, int64_t index) {
+    if (w->scale_kind == 0) return load_f((const float *)w->scale + index * LANES);
+    vu half = CONVERT(load_h((const uint16_t *)w->scale + index * LANES), vu);
+    if (w->scale_kind == 1) return (vf)(half << 16);
+    vf wide = (vf)((half & 0x7fff) << 13) * 0x1p112f; /* move the exponent to float32's bias */
+    return (vf)((vu)wide | (half & 0x8000) << 16);
+}
+
+INLINE vf load_zeros(const Weight *w, int64_t index, int bias) {
+    vf none = {0};
+    if (!w->zeros) return none + (float)((1 << (w->bits - 1)) - bias);
+    return CONVERT(CONVERT(load_b(w->zeros + index * LANES), vi), vf) - (float)bias;
+}
+
+INLINE void unpack(const uint8_t *stream, vu *q, int bits, int bias) {
+    int low = bits;
+    UNROLL for (int i = 0; i < STEPS; i++) q[i] = (vu){0};
+    UNROLL for (int width = 8; width; width >>= 1) {
+        if (!(bits & width)) continue;
+        const int fields = 8 / width;
+        const uint32_t mask = width == 8 ? ~0u : ((1u << width) - 1) * 0x01010101u;
+        low -= width;
+        UNROLL for (int i = 0; i < STEPS; i++) {
+            vu v = load_u(stream + (i / fields) * VECTOR_BYTES);
+            q[i] |= ((v >> (width * (i % fields))) & mask) << low;
+        }
+        stream += width * VECTOR_BYTES;
+    }
+    if (bias) UNROLL for (int i = 0; i < STEPS; i++) q[i] ^= 0x80808080u;
+}
+
+INLINE void store_band(const Weight *w, int64_t band, float *y, vf value) {
+    int64_t row = band * LANES;
+    if (row + LANES <= w->rows) store_f(y + row, value);
+    else for (int64_t i = 0; row + i < w->rows; i++) y[row + i] = value[i];
+}
+
+/* ---------------------------------------------------------------- activations in eight bits */
+
+static void round_block(const float *x, int64_t count, Rounded *out) {
+    float padded[BLOCK] = {0};
+    memcpy(padded, x, (size_t)count * sizeof *x);
+    vf most = {0}, bad = {0};
+    for (int i = 0; i < BLOCK; i += LANES) {
+        vf v = load_f(padded + i), size = (vf)((vu)v & 0x7fffffffu);
+        vu above = (vu)(size > most);
+        most = (vf)(((vu)size & above) | ((vu)most & ~above));
+        bad += v * 0.0f; /* NaN where x is NaN or infinite: the scale carries it on */
+    }
+    float largest = max_f(most), inverse = largest > 0 ? 127.0f / largest : 0.0f;
+    vi total = {0};
+    for (int i = 0; i < BLOCK; i += LANES) {
+        vf shifted = load_f(padded + i) * inverse + 0x1.8p23f; /* rounds to nearest */
+        vi code = (vi)shifted - 0x4b400000;
+        vc narrow = CONVERT(code, vc);
+        memcpy(out->codes + i, &narrow, LANES);
+        total += code;
+    }
+    out->scale = largest / 127.0f + sum_f(bad);
+    out->sum = out->scale * sum_f(CONVERT(total, vf));
+}
+
+/* x: the blocks of `count` rows, [blocks][count]. */
+INLINE void int8_tile(const Weight *w, const Rounded *x, float *y, int64_t band, int count,
+                      int bits) {
+    const int bias = BIAS(bits);
+    const uint8_t *stream = w->stream + band * w->blocks * bits * VECTOR_BYTES;
+    const int64_t groups = (w->blocks + w->group_blocks - 1) / w->group_blocks;
+    int64_t group = band * groups, left = 0;
+    vf sum[TILE], scale = {0}, zero = {0};
+    for (int m = 0; m < count; m++) sum[m] = (vf){0};
+    for (int64_t k = 0; k < w->blocks; k++, x += count, left--) {
+        vu q[STEPS];
+        unpack(stream, q, bits, bias);
+        stream += bits * VECTOR_BYTES;
+        __builtin_prefetch(stream + 1024);
+        if (left == 0) {
+            scale = load_scale(w, group);
+            zero = load_zeros(w, group++, bias);
+            left = w->group_blocks;
+        }
+        for (int m = 0; m < count; m++) {
+            vf dot = CONVERT(dot_block(q, x[m].codes, bits), vf);
+            sum[m] += scale * (dot * x[m].scale - zero * x[m].sum);
+        }
+    }
+    for (int m = 0; m < count; m++) store_band(w, band, y + m * w->rows, sum[m]);
+}
+
+/* ---------------------------------------------------------------- activations in float32 */
+
+/* x of `count` rows side by side: [K][count], and the sums of the blocks behind, [blocks][count].
+ * Byte j of a lane is multiplied in its place, 256^j too large, so x is made as much smaller. */
+static void spread(const Weight *w, const float *x, int count, float *out) {
+    static const float place[4] = {1.0f, 0x1p-8f, 0x1p-16f, 1.0f};
+    float *sums = out + w->blocks * BLOCK * count;
+    for (int m = 0; m < count; m++, x += w->columns)
+        for (int64_t k = 0; k < w->blocks; k++) {
+            float total = 0;
+            for (int i = 0; i < BLOCK; i++) {
+                int64_t at = k * BLOCK + i;
+                float value = at < w->columns ? x[at] : 0;
+                out[at * count + m] = value * place[i % 4];
+                total += value;
+            }
+            sums[k * count + m] = total;
+        }
+}
+
+INLINE void exact_tile(const Weight *w, const float *x, float *y, int64_t band, int count,
+                       int bits) {
+    const uint8_t *stream = w->stream + band * w->blocks * bits * VECTOR_BYTES;
+    const float *sums = x + w->blocks * BLOCK * count;
+    const int64_t groups = (w->blocks + w->group_blocks - 1) / w->group_blocks;
+    int64_t group = band * groups, left = 0;
+    vf sum[8], scale = {0}, zero = {0};
+    UNROLL for (int m = 0; m < count; m++) sum[m] = (vf){0};
+    for (int64_t k = 0; k < w->blocks; k++, left--) {
+        vu q[STEPS];
+        vf part[8]; /* a row of x has several sums, or each would wait for the one before */
+        unpack(stream, q, bits, 0);
+        stream += bits * VECTOR_BYTES;
+        __builtin_prefetch(stream + 1024);
+        UNROLL for (int i = 0; i < 8; i++) part[i] = (vf){0};
+        UNROLL for (int i = 0; i < STEPS; i++)
+            UNROLL for (int j = 0; j < 4; j++, x += count) {
+                vu field = j == 3 ? q[i] >> 24 : q[i] & (255u << (8 * j));
+                vf value = CONVERT((vi)field, vf);
+                UNROLL for (int m = 0; m < count; m++)
+                    part[(m + (4 * i + j) * count) % 8] += value * x[m];
+            }
+        if (left == 0) {
+            scale = load_scale(w, group);
+            zero = load_zeros(w, group++, 0);
+            left = w->group_blocks;
+        }
+        UNROLL for (int i = 7; i >= count; i--) part[i % count] += part[i];
+        UNROLL for (int m = 0; m < count; m++) sum[m] += scale * (part[m] - zero * sums[m]);
+        sums += count;
+    }
+    UNROLL for (int m = 0; m < count; m++) store_band(w, band, y + m * w->rows, sum[m]);
+}
+
+INLINE void expand_band(const Weight *w, int64_t first, int64_t band, int64_t bands, float *out,
+                        int bits) {
+    const uint8_t *stream = w->stream + (first + band) * w->blocks * bits * VECTOR_BYTES;
+    const int64_t groups = (w->blocks + w->group_blocks - 1) / w->group_blocks;
+    for (int64_t k = 0; k < w->blocks; k++, stream += bits * VECTOR_BYTES) {
+        vu q[STEPS];
+        unpack(stream, q, bits, 0);
+        int64_t group = (first + band) * groups + k / w->group_blocks;
+        vf scale = load_scale(w, group), zero = load_zeros(w, group, 0);
+        for (int64_t at = k * BLOCK; at < (k + 1) * BLOCK && at < w->columns; at++) {
+            vf code = CONVERT((vi)((q[at % BLOCK / 4] >> (8 * (at % 4))) & 255), vf);
+            store_f(out + (at * bands + band) * LANES, scale * (code - zero));
+        }
+    }
+}
+
+/* ---------------------------------------------------------------- one function for each width */
+
+#define WIDTH(b)                                                                               \
+    static void int8_##b(const Weight *w, const Rounded *x, float *y, int64_t band, int count) { \
+        if (count == 1) int8_tile(w, x, y, band, 1, b);                                        \
+        else int8_tile(w, x, y, band, count, b);                                               \
+    }                                                                                          \
+    static void exact_##b(const Weight *w, const float *x, float *y, int64_t band, int count) { \
+        if (count == 1) exact_tile(w, x, y, band, 1, b);                                       \
+        else if (count == 2) exact_tile(w, x, y, band, 2, b);                                  \
+        else if (count == 4) exact_tile(w, x, y, band, 4, b);                                  \
+        else exact_tile(w, x, y, band, 8, b);                                                  \
+    }                                                                                          \
+    static void expand_##b(const Weight *w, int64_t first, int64_t band, int64_t bands,        \
+                           float *out) {                                                       \
+        expand_band(w, first, band, bands, out, b);                                            \
+    }
+WIDTH(2) WIDTH(3) WIDTH(4) WIDTH(5) WIDTH(6) WIDTH(7) WIDTH(8)
+
+typedef void Int8(const Weight *, const Rounded *, float *, int64_t, int);
+typedef void Expand(const Weight *, int64_t, int64_t, int64_t, float *);
+typedef void Exact(const Weight *, const float *, float *, int64_t, int);
+static Int8 *const INT8[] = {int8_2, int8_3, int8_4, int8_5, int8_6, int8_7, int8_8};
+static Exact *const EXACT[] = {exact_2, exact_3, exact_4, exact_5, exact_6, exact_7, exact_8};
+static Expand *const EXPAND[] = {expand_2, expand_3, expand_4, expand_5,
+                                 expand_6, expand_7, expand_8};
+
+static void int8_linear(const Weight *w, const float *x, int64_t m, float *y, Rounded *rounded) {
+    const int64_t bands = (w->rows + LANES - 1) / LANES, blocks = w->blocks;
+    int64_t tile = TILE_BYTES / (blocks * (int64_t)sizeof *rounded);
+    tile = tile > TILE ? TILE : tile < 8 ? 8 : tile;
+#pragma omp parallel if (m * w->rows * w->columns > SERIAL)
+    {
+#pragma omp for schedule(static)
+        for (int64_t at = 0; at < m * blocks; at++) {
+            int64_t row = at / blocks, k = at % blocks, left = w->columns - k * BLOCK;
+            int64_t first = row / tile * tile, count = m - first < tile ? m - first : tile;
+            round_block(x + row * w->columns + k * BLOCK, left < BLOCK ? left : BLOCK,
+                        rounded + first * blocks + k * count + row - first);
+        }
+        for (int64_t row = 0; row < m; row += tile) {
+            int count = (int)(m - row < tile ? m - row : tile);
+#pragma omp for schedule(static) nowait
+            for (int64_t band = 0; band < bands; band++)
+                INT8[w->bits - 2](w, rounded + row * blocks, y + row * w->rows, band, count);
+        }
+    }
+}
+
+/* Rows of the tile that starts at `row`: eights, then at most one each of 4, 2 and 1. */
+INLINE int rows_at(int64_t m, int64_t row) {
+    return m - row >= 8 ? 8 : m - row >= 4 ? 4 : m - row >= 2 ? 2 : 1;
+}
+
+static void exact_linear(const Weight *w, const float *x, int64_t m, float *y, float *work) {
+    const int64_t bands = (w->rows + LANES - 1) / LANES, each = w->blocks * (BLOCK + 1);
+    const int64_t fit = TILE_BYTES * 2 / (each * (int64_t)sizeof *work) / 8 * 8, many = fit < 8 ? 8 : fit;
+    const int64_t tiles = m / 8 + __builtin_popcountll((uint64_t)m % 8);
+#pragma omp parallel if (m * w->rows * w->columns > SERIAL)
+    {
+#pragma omp for schedule(static)
+        for (int64_t tile = 0; tile < tiles; tile++) {
+            int64_t row = 0;
+            for (int64_t t = 0; t < tile; t++) row += rows_at(m, row);
+            spread(w, x + row * w->columns, rows_at(m, row), work + row * each);
+        }
+        for (int64_t first = 0; first < m; first += many) {
+            int64_t end = first + many < m ? first + many : m;
+#pragma omp for schedule(static) nowait
+            for (int64_t band = 0; band < bands; band++)
+                for (int64_t row = first; row < end; row += rows_at(m, row))
+                    EXACT[w->bits - 2](w, work + row * each, y + row * w->rows, band,
+                                       rows_at(m, row));
+        }
+    }
+}
+
+/* ---------------------------------------------------------------- what Python calls */
+
+static Weight weight_of(const uint8_t *stream, const void *scale, const uint8_t *zeros,
+                        int64_t rows, int64_t columns, int64_t group, int32_t bits,
+                        int32_t scale_kind) {
+    const int64_t blocks = (columns + BLOCK - 1) / BLOCK;
+    const int64_t group_blocks = group < 0 ? blocks : group / BLOCK;
+    return (Weight){stream, scale, zeros, rows, columns, blocks, group_blocks, bits, scale_kind};
+}
+
+const char *isa(void) { return ISA; }
+int lanes(void) { return LANES; }
+
+/* y [M, N] = x [M, K] W^T. `work` holds M * blocks * 40 bytes (int8) or 132 (exact). */
+void linear(const uint8_t *stream, const void *scale, const uint8_t *zeros, const float *x,
+            float *y, void *work, int64_t m, int64_t rows, int64_t columns, int64_t group,
+            int32_t bits, int32_t scale_kind, int32_t rounds) {
+    const Weight w = weight_of(stream, scale, zeros, rows, columns, group, bits, scale_kind);
+    if (rounds) int8_linear(&w, x, m, y, work);
+    else exact_linear(&w, x, m, y, work);
+}
+
+/* W of `bands` bands from `first` on, dense and transposed: out [K][bands * LANES]. */
+void expand(const uint8_t *stream, const void *scale, const uint8_t *zeros, float *out,
+            int64_t first, int64_t bands, int64_t columns, int64_t group, int32_t bits,
+            int32_t scale_kind) {
+    const Weight w = weight_of(stream, scale, zeros, 0, columns, group, bits, scale_kind);
+#pragma omp parallel for schedule(static) if (bands * LANES * columns > SERIAL)
+    for (int64_t band = 0; band < bands; band++) EXPAND[bits - 2](&w, first, band, bands, out);
+}
+
+/* From a checkpoint's packed words [N][words], rows of b-bit codes with the first in the lowest
+ * bits, to the layout above: [bands][blocks][bits][LANES * 4]. Padding has code 0. */
+void pack(const uint32_t *packed, uint8_t *stream, int64_t words, int64_t rows, int64_t columns,
+          int32_t bits) {
+    const int64_t bands = (rows + LANES - 1) / LANES, blocks = (columns + BLOCK - 1) / BLOCK;
+    memset(stream, 0, (size_t)(bands * blocks * bits * VECTOR_BYTES));
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        uint8_t *band = stream + row / LANES * blocks * bits * VECTOR_BYTES + row % LANES * 4;
+        for (int64_t k = 0; k < columns; k++) {
+            int64_t bit = k * bits, word = bit / 32;
+            uint64_t pair = packed[row * words + word];
+            if (bit % 32 + bits > 32) pair |= (uint64_t)packed[row * words + word + 1] << 32;
+            uint32_t code = (uint32_t)(pair >> (bit % 32)) & ((1u << bits) - 1);
+            uint8_t *vector = band + k / BLOCK * bits * VECTOR_BYTES + k % 4;
+            int step = (int)(k % BLOCK / 4), low = bits;
+            for (int width = 8; width; width >>= 1) {
+                if (!(bits & width)) continue;
+                low -= width;
+                uint32_t field = (code >> low) & ((1u << width) - 1);
+                vector[step / (8 / width) * VECTOR_BYTES] |= field << (width * (step % (8 / width)));
+                vector += width * VECTOR_BYTES;
+            }
+        }
+    }
+}
