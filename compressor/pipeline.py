@@ -237,6 +237,9 @@ def _without_paths(stage: Any) -> Any:
         changes["data"] = data.renamed({name: shown_source(name) for name in data.names})
     if student is not None and student.path is not None:
         changes["student"] = student.model_copy(update={"path": shown_source(student.path)})
+    teacher = getattr(stage, "teacher", None)
+    if teacher is not None:
+        changes["teacher"] = teacher.model_copy(update={"cache": Path(teacher.cache).name})
     budget = getattr(stage, "budget", None)
     if budget is not None:
         named = {key: getattr(budget, key) for key in ("profile", "device")}

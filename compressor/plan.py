@@ -36,6 +36,7 @@ from compressor.recipe import (
 from compressor.recipe.budget import parse_footprint
 from compressor.recipe.data import SELF
 from compressor.stages.candidates import legal_candidates
+from compressor.stages.distill_costs import teacher_cache_bytes, training_bytes
 from compressor.stages.duration import candidate_count, seconds
 from compressor.stages.outer import outer_bytes
 from compressor.stages.selection import (
@@ -282,7 +283,7 @@ def memory_bytes(recipe: Recipe, state: ModelState) -> int:
     """Peak memory: one block in its stored form twice, statistics, a micro-batch, the outer part.
 
     A transform holds the block in float32 besides. Distillation, evaluation and text that the model
-    writes itself hold whole models: they count as float32.
+    writes itself hold whole models: they count as float32, what learns with its moments.
     """
     skeleton = state.skeleton()
     blocks = _block_weights(skeleton)
@@ -295,6 +296,7 @@ def memory_bytes(recipe: Recipe, state: ModelState) -> int:
     walk = max(blocks) * copies + 6 * 4 * widest**2 + 3 * 4 * largest + 4 * outer
     walk += _waiting_bytes(recipe, skeleton) + _learning_bytes(recipe, max(blocks))
     whole = 8 * total if _holds_whole_models(recipe) else 0
+    whole = max(whole, training_bytes(recipe, state, total))
     return BASE_MEMORY + max(walk, whole)
 
 
@@ -336,6 +338,8 @@ def _block_weights(skeleton: Skeleton) -> list[int]:
 def _costs(recipe: Recipe, state: ModelState) -> list[dict[str, Any]]:
     size, exact = weight_bytes(recipe, state)
     original = sum(info.nbytes for info in state.checkpoint.tensors.values())
+    cached = teacher_cache_bytes(recipe, state)
+    caches = [{"what": "teacher cache, bytes", "value": cached, "kind": "exact but for headers"}]
     return [
         {"what": "original weights, bytes", "value": original, "kind": "exact"},
         {
@@ -345,6 +349,7 @@ def _costs(recipe: Recipe, state: ModelState) -> list[dict[str, Any]]:
         },
         {"what": "peak memory, bytes", "value": memory_bytes(recipe, state), "kind": "estimate"},
         {"what": "peak disk, bytes", "value": disk_bytes(recipe, state), "kind": "estimate"},
+        *(caches if cached else []),
         {
             "what": "time, seconds",
             "value": round(seconds(recipe, state), 1),

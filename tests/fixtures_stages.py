@@ -17,10 +17,12 @@ from compressor.modeling.checkpoint import open_checkpoint
 from compressor.modeling.linears import StoredLinear, packed_from_tensors
 from compressor.modeling.state import ModelState
 from compressor.modeling.whole import WholeModel
+from compressor.recipe import DataConfig
 from compressor.recipe.models import STAGE_CONFIGS
 from compressor.run_dir import RunDir, StageRun
 from compressor.stages import distill, prune, quantize, transform
 from compressor.stages.context import StageContext, StageReport
+from tests.fixtures_models import SENTENCES
 
 _APPLY: dict[str, Callable[[Any, StageContext], StageReport]] = {
     "prune": prune.apply,
@@ -35,6 +37,15 @@ def token_rows(count: int = 12, length: int = 32) -> TokenRows:
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(3, 320, (count, length), generator=generator)
     return TokenRows(tokens, torch.ones_like(tokens, dtype=torch.bool), "random")
+
+
+def short_distillation(folder: Path) -> dict[str, Any]:
+    """Keys of a distill stage that takes a second."""
+    text = folder / "text.txt"
+    text.write_text("\n".join(" ".join(SENTENCES[i % 5 :]) for i in range(24)))
+    data = DataConfig(source=str(text), num_samples=16, seq_len=24, packing="joined")
+    steps = {"steps": 6, "checkpoint_steps": 2, "batch_size": 4, "warmup_steps": 1}
+    return {"data": data, "learning_rate": 2e-3, **steps}
 
 
 @dataclass

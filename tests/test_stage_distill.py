@@ -16,11 +16,11 @@ import torch
 from compressor.algorithms.divergence import kl_tokens
 from compressor.errors import CheckpointError, Interrupted, NumericError, RecipeError
 from compressor.modeling.state import ModelState
-from compressor.recipe import DataConfig, DistillConfig, Student
+from compressor.recipe import DistillConfig, Student
 from compressor.stages.schedule import batch_rows, learning_rate
 from compressor.stages.student import spaced
-from tests.fixtures_models import SENTENCES, build
-from tests.fixtures_stages import Bench, groups_hold, logits, units, weights
+from tests.fixtures_models import build
+from tests.fixtures_stages import Bench, groups_hold, logits, short_distillation, units, weights
 
 Models = Callable[[str], Path]
 ROOT = Path(__file__).parents[1]
@@ -28,12 +28,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def short(tmp_path: Path) -> dict[str, Any]:
-    """Keys of a distill stage that takes a second."""
-    text = tmp_path / "text.txt"
-    text.write_text("\n".join(" ".join(SENTENCES[i % 5 :]) for i in range(24)))
-    data = DataConfig(source=str(text), num_samples=16, seq_len=24, packing="joined")
-    steps = {"steps": 6, "checkpoint_steps": 2, "batch_size": 4, "warmup_steps": 1}
-    return {"data": data, "learning_rate": 2e-3, **steps}
+    return short_distillation(tmp_path)
 
 
 def test_pruned_weights_stay_zero_and_the_model_comes_closer(

@@ -270,10 +270,18 @@ def _rotates_whole_weights(recipe: Recipe, earlier: int, index: int) -> None:
 
 def _hidden_states_comparable(recipe: Recipe, index: int) -> None:
     stage = recipe.stages[index]
-    if not (isinstance(stage, DistillConfig) and stage.hidden_weight):
+    if not isinstance(stage, DistillConfig):
         return
     for earlier, other in enumerate(recipe.stages[:index]):
-        if isinstance(other, TransformConfig) and other.method == "rotate":
+        if not isinstance(other, TransformConfig):
+            continue
+        if stage.attention_weight:
+            raise _conflict(
+                recipe, earlier, index,
+                "{later} compares queries, keys and values, which {earlier} has changed",
+                "use attention_weight: 0, or distill before the transform",
+            )  # fmt: skip
+        if stage.hidden_weight and other.method == "rotate":
             raise _conflict(
                 recipe, earlier, index,
                 "{later} compares hidden states, which {earlier} has rotated",

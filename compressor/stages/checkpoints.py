@@ -56,8 +56,8 @@ class Checkpoints:
 
     def save_if_due(self, training: Training) -> None:
         """Commit a timed checkpoint if the last one of any kind is too long ago."""
-        minutes = self.config.checkpoint_minutes
-        if minutes is None or time.monotonic() - self._saved < 60 * minutes:
+        minutes, is_new = self.config.checkpoint_minutes, bool(training.progress.losses)
+        if minutes is None or not is_new or time.monotonic() - self._saved < 60 * minutes:
             return
         older = self._timed()
         self._commit(_name("timed", training.progress.step), training)
