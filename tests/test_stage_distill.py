@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,6 @@ from tests.fixtures_models import build
 from tests.fixtures_stages import Bench, groups_hold, logits, short_distillation, units, weights
 
 Models = Callable[[str], Path]
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -227,47 +223,3 @@ def test_students_take_evenly_spaced_blocks() -> None:
     assert spaced(3, 9) == [0, 4, 8]
     assert spaced(1, 9) == [0]
     assert spaced(4, 4) == [0, 1, 2, 3]
-
-
-_TWO_PROCESSES = """
-import json, sys
-from pathlib import Path
-from compressor.recipe import DataConfig, Student
-from compressor.stages import distill, processes
-from tests.fixtures_stages import Bench
-
-model, text, folder = map(Path, sys.argv[1:])
-if processes.is_follower():
-    processes.follow(distill.help_training)
-    (folder / "follower").write_text(str(processes.join().num_processes))
-else:
-    data = DataConfig(source=str(text), num_samples=16, seq_len=24, packing="joined")
-    bench = Bench(model, folder)
-    keys = {"steps": 6, "checkpoint_steps": 2, "batch_size": 4, "warmup_steps": 1}
-    student = Student(num_hidden_layers=1)
-    report = bench.apply(
-        bench.original, "distill", data=data, learning_rate=2e-3, student=student, **keys
-    )
-    (folder / "facts.json").write_text(json.dumps(report.facts))
-    processes.dismiss()
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_take_the_same_steps_as_one(
-    tiny_models: Models, tmp_path: Path, short: dict[str, Any]
-) -> None:
-    script, folder = tmp_path / "two.py", tmp_path / "two"
-    script.write_text(_TWO_PROCESSES)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    path = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "eval"))
-    files = [str(tiny_models("llama")), short["data"].source, str(folder)]
-    env = {**os.environ, "PYTHONPATH": path}
-    subprocess.run([*launch, str(script), *files], check=True, timeout=300, cwd=ROOT, env=env)
-    assert (folder / "follower").read_text() == "2"
-    two = json.loads((folder / "facts.json").read_text())
-    one = Bench(tiny_models("llama"), tmp_path / "one")
-    student = Student(num_hidden_layers=1)
-    facts = one.apply(one.original, "distill", **short, student=student).facts
-    assert two["losses"] == pytest.approx(facts["losses"], rel=1e-4)
-    assert two["kl_after"] == pytest.approx(facts["kl_after"], rel=1e-4)

@@ -83,7 +83,8 @@ def add(accelerator: Accelerator, tensor: Tensor) -> Tensor:
         raise ResourceError(
             "a process that helped in training is gone",
             code="KI17",
-            why=f"{str(error).splitlines()[0]}. What was committed before is on disk.",
+            why=f"{str(error).rpartition('] ')[2].partition('. ')[0]}. What was committed before "
+            "is on disk.",
             fix="look at what ended it (memory?) and run the same command again: it goes on",
         ) from error
     return total
