@@ -39,11 +39,26 @@ SCALE_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 COMPILE_SECONDS = 300
 log = logging.getLogger(__name__)
 
-_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+POINTER, LONG, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+
+
+class WeightStruct(ctypes.Structure):
+    """`Weight` of linear.h; it points into tensors that must outlive it."""
+
+    _fields_ = (
+        *((name, POINTER) for name in ("stream", "scale", "zeros", "bias")),
+        *((name, LONG) for name in ("rows", "columns", "blocks", "group_blocks")),
+        *((name, INT) for name in ("bits", "scale_kind")),
+    )
+
+
 _SIGNATURES = {
-    "linear": [*[_POINTER] * 6, *[_LONG] * 4, *[_INT] * 3],
-    "expand": [*[_POINTER] * 4, *[_LONG] * 4, *[_INT] * 2],
-    "pack": [*[_POINTER] * 2, *[_LONG] * 3, _INT],
+    "linear": [POINTER, POINTER, LONG, POINTER, POINTER, INT],
+    "expand": [POINTER, LONG, LONG, POINTER],
+    "pack": [POINTER, POINTER, LONG, LONG, LONG, INT],
+    "block_in": [POINTER, POINTER, LONG, *[POINTER] * 6, INT],
+    "block_out": [POINTER, POINTER, POINTER, LONG, POINTER, POINTER, INT],
+    "attend": [*[POINTER] * 8, ctypes.c_float],
 }
 
 
@@ -202,31 +217,48 @@ def lay_out(weight: Weight, packed: Tensor, scale: Tensor, zeros: Tensor | None)
     packed: int32 [O, words]; scale: [O, G]; zeros: uint8 [O, G] or None. The bytes are those of
     the checkpoint, with O padded to whole bands and I to whole blocks.
     """
-    return _lay_out(_needed(), weight, packed, scale, zeros)
+    return _lay_out(needed(), weight, packed, scale, zeros)
 
 
-def linear(weight: Weight, x: Tensor, resident: Tensors, *, rounds: bool) -> Tensor:
-    """y = x @ w^T: x [M, I] -> [M, O], in float32 inside; the dtype of x comes back.
+def linear(
+    weight: Weight, x: Tensor, resident: Tensors, *, rounds: bool, bias: Tensor | None = None
+) -> Tensor:
+    """y = x @ w^T + bias: x [M, I] -> [M, O], in float32 inside; the dtype of x comes back.
 
     rounds: x is rounded to eight bits in blocks of 32 columns (a scale each), else it is exact.
     """
-    return _product(_needed(), weight, x, resident, rounds=rounds)
+    return _product(needed(), weight, x, resident, rounds=rounds, bias=bias)
 
 
 def expanded(weight: Weight, resident: Tensors, first: int, rows: int) -> Tensor:
     """Float32 w^T [I, R] of the R <= `rows` rows from `first` on (a multiple of the band)."""
-    found = _needed()
+    found = needed()
     lanes: int = found.lanes()
     bands = min(-(-rows // lanes), resident["scale"].shape[0] - first // lanes)
     out = torch.empty((weight.shape[1], bands * lanes))
-    found.expand(
-        *_pointers(resident), out.data_ptr(), first // lanes, bands, weight.shape[1],
-        weight.group_size, weight.bits, SCALE_KINDS[resident["scale"].dtype],
-    )  # fmt: skip
+    struct = weight_struct(weight, resident)
+    found.expand(ctypes.byref(struct), first // lanes, bands, out.data_ptr())
     return out[:, : weight.shape[0] - first]
 
 
-def _needed() -> ctypes.CDLL:
+def weight_struct(weight: Weight, resident: Tensors, bias: Tensor | None = None) -> WeightStruct:
+    """The C view of a resident weight; `bias` is float32 [O] and contiguous."""
+    zeros = resident.get("zeros")
+    group_blocks = weight.blocks if weight.group_size == -1 else weight.group_size // BLOCK
+    return WeightStruct(
+        resident["stream"].data_ptr(), resident["scale"].data_ptr(),
+        None if zeros is None else zeros.data_ptr(), None if bias is None else bias.data_ptr(),
+        *weight.shape, weight.blocks, group_blocks, weight.bits,
+        SCALE_KINDS[resident["scale"].dtype],
+    )  # fmt: skip
+
+
+def work_bytes(weight: Weight, count: int, *, rounds: bool) -> int:
+    """Scratch that a product with `count` rows needs."""
+    return count * weight.blocks * (40 if rounds else 132)
+
+
+def needed() -> ctypes.CDLL:
     found = library()
     if found is None:
         raise RuntimeError(f"the C kernels are {reason()}")
@@ -255,21 +287,21 @@ def _by_band(values: Tensor, lanes: int) -> Tensor:
 
 
 def _product(
-    found: ctypes.CDLL, weight: Weight, x: Tensor, resident: Tensors, *, rounds: bool
+    found: ctypes.CDLL,
+    weight: Weight,
+    x: Tensor,
+    resident: Tensors,
+    *,
+    rounds: bool,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    rows, columns = weight.shape
     wide = x.float().contiguous()
     count = wide.shape[0]
-    y = torch.empty((count, rows))
-    work = torch.empty(count * weight.blocks * (40 if rounds else 132), dtype=torch.uint8)
+    bias = None if bias is None else bias.float().contiguous()
+    y = torch.empty((count, weight.shape[0]))
+    work = torch.empty(work_bytes(weight, count, rounds=rounds), dtype=torch.uint8)
+    struct = weight_struct(weight, resident, bias)
     found.linear(
-        *_pointers(resident), wide.data_ptr(), y.data_ptr(), work.data_ptr(), count, rows, columns,
-        weight.group_size, weight.bits, SCALE_KINDS[resident["scale"].dtype], rounds,
-    )  # fmt: skip
+        ctypes.byref(struct), wide.data_ptr(), count, y.data_ptr(), work.data_ptr(), rounds
+    )
     return y.to(x.dtype)
-
-
-def _pointers(resident: Tensors) -> tuple[int, int, int | None]:
-    zeros = resident.get("zeros")
-    own = None if zeros is None else zeros.data_ptr()
-    return resident["stream"].data_ptr(), resident["scale"].data_ptr(), own

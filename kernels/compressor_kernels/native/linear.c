@@ -12,21 +12,10 @@
  * take sum_k q x - z sum_k x for each block and scale it.
  *
  * Letters: N rows of the weight, K columns, M rows of x. */
-#include "simd.h"
-
-#include <math.h>
+#include "linear.h"
 
 #define TILE 64      /* rows of x that share one unpacked block in the int8 way */
 #define TILE_BYTES (160 << 10) /* and how much of the second level cache their blocks may take */
-#define SERIAL (1 << 16)       /* fewer products are not worth waking threads */
-
-typedef struct {
-    const uint8_t *stream;
-    const void *scale;
-    const uint8_t *zeros; /* NULL: symmetric */
-    int64_t rows, columns, blocks, group_blocks;
-    int32_t bits, scale_kind; /* 0 float32, 1 bfloat16, 2 float16 */
-} Weight;
 
 typedef struct {
     float scale, sum; /* sum = scale * sum of codes */
@@ -66,6 +55,11 @@ INLINE void unpack(const uint8_t *stream, vu *q, int bits, int bias) {
 
 INLINE void store_band(const Weight *w, int64_t band, float *y, vf value) {
     int64_t row = band * LANES;
+    if (w->bias) {
+        float bias[LANES] = {0};
+        for (int64_t i = 0; i < LANES && row + i < w->rows; i++) bias[i] = w->bias[row + i];
+        value += load_f(bias);
+    }
     if (row + LANES <= w->rows) store_f(y + row, value);
     else for (int64_t i = 0; row + i < w->rows; i++) y[row + i] = value[i];
 }
@@ -219,25 +213,29 @@ static Exact *const EXACT[] = {exact_2, exact_3, exact_4, exact_5, exact_6, exac
 static Expand *const EXPAND[] = {expand_2, expand_3, expand_4, expand_5,
                                  expand_6, expand_7, expand_8};
 
-static void int8_linear(const Weight *w, const float *x, int64_t m, float *y, Rounded *rounded) {
-    const int64_t bands = (w->rows + LANES - 1) / LANES, blocks = w->blocks;
+static void int8_linears(const Weight *w, int many, const float *x, int64_t m, float *const *y,
+                         Rounded *rounded) {
+    const int64_t blocks = w->blocks, columns = w->columns;
     int64_t tile = TILE_BYTES / (blocks * (int64_t)sizeof *rounded);
     tile = tile > TILE ? TILE : tile < 8 ? 8 : tile;
-#pragma omp parallel if (m * w->rows * w->columns > SERIAL)
+#pragma omp parallel if (m * w->rows * columns > SERIAL)
     {
 #pragma omp for schedule(static)
         for (int64_t at = 0; at < m * blocks; at++) {
-            int64_t row = at / blocks, k = at % blocks, left = w->columns - k * BLOCK;
+            int64_t row = at / blocks, k = at % blocks, left = columns - k * BLOCK;
             int64_t first = row / tile * tile, count = m - first < tile ? m - first : tile;
-            round_block(x + row * w->columns + k * BLOCK, left < BLOCK ? left : BLOCK,
+            round_block(x + row * columns + k * BLOCK, left < BLOCK ? left : BLOCK,
                         rounded + first * blocks + k * count + row - first);
         }
-        for (int64_t row = 0; row < m; row += tile) {
-            int count = (int)(m - row < tile ? m - row : tile);
+        for (int64_t row = 0; row < m; row += tile)
+            for (int i = 0; i < many; i++) {
+                int64_t bands = (w[i].rows + LANES - 1) / LANES;
+                int count = (int)(m - row < tile ? m - row : tile);
 #pragma omp for schedule(static) nowait
-            for (int64_t band = 0; band < bands; band++)
-                INT8[w->bits - 2](w, rounded + row * blocks, y + row * w->rows, band, count);
-        }
+                for (int64_t band = 0; band < bands; band++)
+                    INT8[w[i].bits - 2](w + i, rounded + row * blocks, y[i] + row * w[i].rows,
+                                        band, count);
+            }
     }
 }
 
@@ -246,10 +244,12 @@ INLINE int rows_at(int64_t m, int64_t row) {
     return m - row >= 8 ? 8 : m - row >= 4 ? 4 : m - row >= 2 ? 2 : 1;
 }
 
-static void exact_linear(const Weight *w, const float *x, int64_t m, float *y, float *work) {
-    const int64_t bands = (w->rows + LANES - 1) / LANES, each = w->blocks * (BLOCK + 1);
-    const int64_t fit = TILE_BYTES * 2 / (each * (int64_t)sizeof *work) / 8 * 8, many = fit < 8 ? 8 : fit;
+static void exact_linears(const Weight *w, int many, const float *x, int64_t m, float *const *y,
+                          float *work) {
+    const int64_t each = w->blocks * (BLOCK + 1);
     const int64_t tiles = m / 8 + __builtin_popcountll((uint64_t)m % 8);
+    int64_t fit = 2 * TILE_BYTES / (each * (int64_t)sizeof *work) / 8 * 8;
+    fit = fit < 8 ? 8 : fit;
 #pragma omp parallel if (m * w->rows * w->columns > SERIAL)
     {
 #pragma omp for schedule(static)
@@ -258,46 +258,39 @@ static void exact_linear(const Weight *w, const float *x, int64_t m, float *y, f
             for (int64_t t = 0; t < tile; t++) row += rows_at(m, row);
             spread(w, x + row * w->columns, rows_at(m, row), work + row * each);
         }
-        for (int64_t first = 0; first < m; first += many) {
-            int64_t end = first + many < m ? first + many : m;
+        for (int64_t first = 0; first < m; first += fit)
+            for (int i = 0; i < many; i++) {
+                int64_t bands = (w[i].rows + LANES - 1) / LANES;
+                int64_t end = first + fit < m ? first + fit : m;
 #pragma omp for schedule(static) nowait
-            for (int64_t band = 0; band < bands; band++)
-                for (int64_t row = first; row < end; row += rows_at(m, row))
-                    EXACT[w->bits - 2](w, work + row * each, y + row * w->rows, band,
-                                       rows_at(m, row));
-        }
+                for (int64_t band = 0; band < bands; band++)
+                    for (int64_t row = first; row < end; row += rows_at(m, row))
+                        EXACT[w[i].bits - 2](w + i, work + row * each, y[i] + row * w[i].rows,
+                                             band, rows_at(m, row));
+            }
     }
+}
+
+void linears(const Weight *w, int many, const float *x, int64_t m, float *const *y, void *work,
+             int rounds) {
+    if (rounds) int8_linears(w, many, x, m, y, work);
+    else exact_linears(w, many, x, m, y, work);
 }
 
 /* ---------------------------------------------------------------- what Python calls */
 
-static Weight weight_of(const uint8_t *stream, const void *scale, const uint8_t *zeros,
-                        int64_t rows, int64_t columns, int64_t group, int32_t bits,
-                        int32_t scale_kind) {
-    const int64_t blocks = (columns + BLOCK - 1) / BLOCK;
-    const int64_t group_blocks = group < 0 ? blocks : group / BLOCK;
-    return (Weight){stream, scale, zeros, rows, columns, blocks, group_blocks, bits, scale_kind};
-}
-
 const char *isa(void) { return ISA; }
 int lanes(void) { return LANES; }
 
-/* y [M, N] = x [M, K] W^T. `work` holds M * blocks * 40 bytes (int8) or 132 (exact). */
-void linear(const uint8_t *stream, const void *scale, const uint8_t *zeros, const float *x,
-            float *y, void *work, int64_t m, int64_t rows, int64_t columns, int64_t group,
-            int32_t bits, int32_t scale_kind, int32_t rounds) {
-    const Weight w = weight_of(stream, scale, zeros, rows, columns, group, bits, scale_kind);
-    if (rounds) int8_linear(&w, x, m, y, work);
-    else exact_linear(&w, x, m, y, work);
+/* y [M, N] = x [M, K] W^T + bias. `work` holds M * blocks * 40 bytes (int8) or 132 (exact). */
+void linear(const Weight *w, const float *x, int64_t m, float *y, void *work, int32_t rounds) {
+    linears(w, 1, x, m, &y, work, rounds);
 }
 
 /* W of `bands` bands from `first` on, dense and transposed: out [K][bands * LANES]. */
-void expand(const uint8_t *stream, const void *scale, const uint8_t *zeros, float *out,
-            int64_t first, int64_t bands, int64_t columns, int64_t group, int32_t bits,
-            int32_t scale_kind) {
-    const Weight w = weight_of(stream, scale, zeros, 0, columns, group, bits, scale_kind);
-#pragma omp parallel for schedule(static) if (bands * LANES * columns > SERIAL)
-    for (int64_t band = 0; band < bands; band++) EXPAND[bits - 2](&w, first, band, bands, out);
+void expand(const Weight *w, int64_t first, int64_t bands, float *out) {
+#pragma omp parallel for schedule(static) if (bands * LANES * w->columns > SERIAL)
+    for (int64_t band = 0; band < bands; band++) EXPAND[w->bits - 2](w, first, band, bands, out);
 }
 
 /* From a checkpoint's packed words [N][words], rows of b-bit codes with the first in the lowest

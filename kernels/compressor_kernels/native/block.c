@@ -1,0 +1,150 @@
+/* A decoder block around its attention, float32, M tokens at a time:
+ *
+ *   x' = norm(x) * g_in,  q, k, v = W x',  [q, k normed head by head],  q, k turned by position
+ *   h  = x + W_o a,       h' = norm(h) * g_out,   y = h + W_down (silu(W_gate h') * W_up h')
+ *
+ * with norm(x) = x / sqrt(mean x^2 + eps), and the attention of one new token over the slots of its
+ * sequence in the paged pool [slots][G kv heads][E]. */
+#include "linear.h"
+
+#include <math.h>
+
+typedef struct {
+    Weight qkv[3], out, gate_up[2], down;
+    const float *norm_in, *norm_out, *norm_q, *norm_k; /* the last two may be NULL */
+    int64_t heads, kv_heads, size;                     /* size E of a head */
+    float eps;
+} Block;
+
+/* exp by 2^n * p(r), |r| <= ln 2 / 2, p of degree 6 (Cephes); relative error below 2e-7. */
+INLINE vf exp_f(vf x) {
+    vu low = (vu)(x < -87.0f), high = (vu)(x > 88.0f);
+    vf bounded = (vf)(((vu)x & ~low & ~high) | (high & (vu)(x - x + 88.0f)) |
+                      (low & (vu)(x - x - 87.0f)));
+    vf shifted = bounded * 0x1.715476p0f + 0x1.8p23f, n = shifted - 0x1.8p23f;
+    vf r = bounded - n * 0x1.62e400p-1f - n * 0x1.7f7d1cp-20f;
+    vf p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return p * (vf)(((vi)shifted - 0x4b400000 + 127) << 23);
+}
+
+INLINE float dot_f(const float *a, const float *b, int64_t n) {
+    vf sums[4] = {{0}};
+    int64_t i = 0;
+    for (; i + 4 * LANES <= n; i += 4 * LANES)
+        for (int j = 0; j < 4; j++) sums[j] += load_f(a + i + j * LANES) * load_f(b + i + j * LANES);
+    float total = sum_f(sums[0] + sums[1] + sums[2] + sums[3]);
+    for (; i < n; i++) total += a[i] * b[i];
+    return total;
+}
+
+INLINE void norm_row(const float *x, const float *gain, float eps, int64_t n, float *out) {
+    float scale = 1.0f / sqrtf(dot_f(x, x, n) / (float)n + eps);
+    for (int64_t i = 0; i < n; i++) out[i] = x[i] * scale * gain[i];
+}
+
+INLINE void silu_times(float *gate, const float *up, int64_t n) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        vf g = load_f(gate + i);
+        store_f(gate + i, g / (exp_f(-g) + 1.0f) * load_f(up + i));
+    }
+    for (; i < n; i++) gate[i] = gate[i] / (expf(-gate[i]) + 1.0f) * up[i];
+}
+
+/* Rotary position embedding of one head: halves (a, b) -> (a cos - b sin, b cos + a sin). */
+INLINE void turn(float *head, const float *cosine, const float *sine, int64_t size) {
+    for (int64_t i = 0, half = size / 2; i < half; i++) {
+        float a = head[i], b = head[i + half];
+        head[i] = a * cosine[i] - b * sine[i];
+        head[i + half] = b * cosine[i + half] + a * sine[i + half];
+    }
+}
+
+INLINE void place_heads(const Block *b, float *row, int64_t heads, const float *gain,
+                        const float *cosine, const float *sine) {
+    for (int64_t h = 0; h < heads; h++, row += b->size) {
+        if (gain) norm_row(row, gain, b->eps, b->size, row);
+        turn(row, cosine, sine, b->size);
+    }
+}
+
+/* x [M, D], cosine and sine [M, E] -> q [M, H, E], k and v [M, G, E]. */
+void block_in(const Block *b, const float *x, int64_t m, const float *cosine, const float *sine,
+              float *q, float *k, float *v, float *work, int32_t rounds) {
+    const int64_t width = b->qkv[0].columns;
+    float *const y[3] = {q, k, v};
+    for (int64_t t = 0; t < m; t++)
+        norm_row(x + t * width, b->norm_in, b->eps, width, work + t * width);
+    linears(b->qkv, 3, work, m, y, work + m * width, rounds);
+    for (int64_t t = 0; t < m; t++) {
+        const float *c = cosine + t * b->size, *s = sine + t * b->size;
+        place_heads(b, q + t * b->qkv[0].rows, b->heads, b->norm_q, c, s);
+        place_heads(b, k + t * b->qkv[1].rows, b->kv_heads, b->norm_k, c, s);
+    }
+}
+
+/* x [M, D] and the attention's result a [M, H * E] -> y [M, D]. */
+void block_out(const Block *b, const float *x, const float *a, int64_t m, float *y, float *work,
+               int32_t rounds) {
+    const int64_t width = b->out.rows, inner = b->down.columns;
+    float *gate = work + m * width, *up = gate + m * inner, *rest = up + m * inner;
+    float *const both[2] = {gate, up}, *const first[1] = {y}, *const last[1] = {work};
+    linears(&b->out, 1, a, m, first, rest, rounds);
+    for (int64_t t = 0; t < m; t++) {
+        float *row = y + t * width;
+        for (int64_t i = 0; i < width; i++) row[i] += x[t * width + i];
+        norm_row(row, b->norm_out, b->eps, width, work + t * width);
+    }
+    linears(b->gate_up, 2, work, m, both, rest, rounds);
+#pragma omp parallel for schedule(static) if (m > 1)
+    for (int64_t t = 0; t < m; t++) silu_times(gate + t * inner, up + t * inner, inner);
+    linears(&b->down, 1, gate, m, last, rest, rounds);
+    for (int64_t i = 0; i < m * width; i++) y[i] += work[i];
+}
+
+/* One query token each of `count` sequences. q [count][H][E]; keys [slots][G][E], values
+ * [slots][G][F]; slots [count][longest], lengths [count]; window 0 = all; out [count][H][F];
+ * scores [count][H][longest] is scratch. */
+void attend(const float *q, const float *keys, const float *values, const int64_t *slots,
+            const int64_t *lengths, float *out, float *scores, const int64_t *sizes, float scale) {
+    const int64_t count = sizes[0], longest = sizes[1], heads = sizes[2], kv_heads = sizes[3];
+    const int64_t size = sizes[4], wide = sizes[5], window = sizes[6], group = heads / kv_heads;
+#pragma omp parallel for schedule(static)
+    for (int64_t task = 0; task < count * kv_heads; task++) {
+        const int64_t t = task / kv_heads, g = task % kv_heads, length = lengths[t];
+        const int64_t first = window && length > window ? length - window : 0;
+        const int64_t *place = slots + t * longest;
+        const float *query = q + (t * heads + g * group) * size;
+        float *score = scores + (t * heads + g * group) * longest;
+        float *result = out + (t * heads + g * group) * wide;
+        for (int64_t l = first; l < length; l++)
+            for (int64_t h = 0; h < group; h++)
+                score[h * longest + l] =
+                    scale * dot_f(query + h * size, keys + (place[l] * kv_heads + g) * size, size);
+        for (int64_t h = 0; h < group; h++) {
+            float *row = score + h * longest, most = row[first], total = 0;
+            for (int64_t l = first; l < length; l++) most = row[l] > most ? row[l] : most;
+            for (int64_t l = first; l < length; l += LANES) {
+                float part[LANES] = {0};
+                int64_t left = length - l < LANES ? length - l : LANES;
+                memcpy(part, row + l, (size_t)left * sizeof *part);
+                store_f(part, exp_f(load_f(part) - most));
+                memcpy(row + l, part, (size_t)left * sizeof *part);
+                for (int64_t i = 0; i < left; i++) total += part[i];
+            }
+            for (int64_t l = first; l < length; l++) row[l] /= total;
+        }
+        memset(result, 0, (size_t)(group * wide) * sizeof *result);
+        for (int64_t l = first; l < length; l++) {
+            const float *value = values + (place[l] * kv_heads + g) * wide;
+            for (int64_t h = 0; h < group; h++)
+                for (int64_t i = 0; i < wide; i++)
+                    result[h * wide + i] += score[h * longest + l] * value[i];
+        }
+    }
+}
