@@ -26,6 +26,9 @@ MaxModelLen = Annotated[int | None, typer.Option(help="Longest prompt plus outpu
 NumBlocks = Annotated[int | None, typer.Option(help="Blocks of the key-value pool.")]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
+CpuActivations = Annotated[
+    str | None, typer.Option(help="Inputs of packed linears on a CPU: auto, int8 or float.")
+]
 Verify = Annotated[
     bool | None, typer.Option("--verify/--no-verify", help="Check digests before loading.")
 ]
@@ -48,6 +51,7 @@ def serve(
     drain_timeout: Annotated[float | None, typer.Option(help="Seconds after SIGTERM.")] = None,
     dtype: Dtype = None,
     device: Device = None,
+    cpu_activations: CpuActivations = None,
     verify: Verify = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="Check the model and exit.")] = False,
     as_json: flags.AsJson = False,
@@ -58,6 +62,7 @@ def serve(
     given |= {"max_num_batched_tokens": max_num_batched_tokens, "num_blocks": num_blocks}
     given |= {"max_queue": max_queue, "prefix_cache": prefix_cache, "strict_api": strict_api}
     given |= {"drain_timeout_s": drain_timeout, "dtype": dtype, "device": device, "verify": verify}
+    given |= {"cpu_activations": cpu_activations}
     options = _options(given | {"kv_cache_bytes": _bytes(kv_cache)})
     if smoke:
         _smoke(path, options, as_json)
@@ -77,6 +82,7 @@ def generate(
     max_model_len: MaxModelLen = None,
     dtype: Dtype = None,
     device: Device = None,
+    cpu_activations: CpuActivations = None,
     verify: Verify = None,
     as_json: flags.AsJson = False,
 ) -> None:
@@ -92,6 +98,7 @@ def generate(
     given: Given = {
         "dtype": dtype,
         "device": device,
+        "cpu_activations": cpu_activations,
         "verify": verify,
         "max_model_len": max_model_len,
     }
@@ -124,6 +131,7 @@ def bench(
     api_key: ApiKey = None,
     dtype: Dtype = None,
     device: Device = None,
+    cpu_activations: CpuActivations = None,
     verify: Verify = None,
     as_json: flags.AsJson = False,
 ) -> None:
@@ -136,7 +144,14 @@ def bench(
     with console.session(as_json=as_json):
         from compressor.serve.bench import BenchOptions, run_bench
 
-        served = _options({"dtype": dtype, "device": device, "verify": verify})
+        served = _options(
+            {
+                "dtype": dtype,
+                "device": device,
+                "cpu_activations": cpu_activations,
+                "verify": verify,
+            }
+        )
         is_url = target.startswith(("http://", "https://"))
         place = target if is_url else _folder(target)
         result = run_bench(place, BenchOptions(**_present(load)), serve=served)

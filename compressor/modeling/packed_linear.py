@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,14 @@ from compressor.algorithms.input_rounding import round_inputs
 from compressor.artifact.packing import PackedWeight, dense_weight
 from compressor.recipe.presets import Activations
 from compressor_kernels.dispatch import LinearPlan, LinearSpec, plan_for
+from compressor_kernels.native import Weight
+from compressor_kernels.native_block import Resident
 
 
 def rounds_inputs(model: nn.Module) -> bool:
     """Whether a packed layer of the model rounds its inputs."""
     layers = (m for m in model.modules() if isinstance(m, PackedLinear))
-    return any(layer.activations != "none" for layer in layers)
+    return any(layer.activations != "none" or layer.rounds for layer in layers)
 
 
 @contextmanager
@@ -32,14 +34,16 @@ def unrounded_inputs(model: nn.Module) -> Iterator[None]:
     For comparing two ways of computing: a sum at the edge of two levels may fall to either side.
     """
     layers = [m for m in model.modules() if isinstance(m, PackedLinear)]
-    kinds = [layer.activations for layer in layers]
+    kinds = [(layer.activations, layer.plan) for layer in layers]
     try:
         for layer in layers:
             layer.activations = "none"
+            if layer.rounds:
+                layer.plan = replace(layer.plan, name="native")
         yield
     finally:
-        for layer, kind in zip(layers, kinds, strict=True):
-            layer.activations = kind
+        for layer, (kind, plan) in zip(layers, kinds, strict=True):
+            layer.activations, layer.plan = kind, plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +58,13 @@ class PackedLinear(nn.Module):
     """y = x W^T + b with W in packed form; the kernel is chosen once, when the layer is made."""
 
     def __init__(
-        self, packed: PackedWeight, bias: Tensor | None, *, device: torch.device, dtype: torch.dtype
+        self,
+        packed: PackedWeight,
+        bias: Tensor | None,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        rounds: bool = False,
     ) -> None:
         """Lay the stored tensors out for the device's kernel.
 
@@ -63,6 +73,8 @@ class PackedLinear(nn.Module):
             bias: [O] or None.
             device: where the layer will run.
             dtype: dtype of the activations.
+            rounds: the C kernels of a CPU may round inputs to eight bits, where the format itself
+                does not round them.
         """
         super().__init__()
         self.bias: Tensor | None
@@ -70,8 +82,9 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = packed.shape
         fmt = packed.format
         spec = LinearSpec(
-            fmt.bits, fmt.group_size, fmt.symmetric, packed.shape, dtype, fmt.stored, fmt.block
-        )
+            fmt.bits, fmt.group_size, fmt.symmetric, packed.shape, dtype, fmt.stored, fmt.block,
+            rounds and fmt.activations == "none",
+        )  # fmt: skip
         self.plan: LinearPlan = plan_for(device, spec)
         self.activations: Activations = fmt.activations
         known = packed.tensors.get("input_global_scale")
@@ -94,6 +107,24 @@ class PackedLinear(nn.Module):
     def resident_bytes(self) -> int:
         """Bytes that the weight occupies in memory."""
         return sum(t.nbytes for t in self._resident().values())
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the C kernel rounds the inputs to eight bits."""
+        return self.plan.name == "native-int8"
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the C kernels compute it from inputs as they come."""
+        return self.plan.name.startswith("native") and self.activations == "none"
+
+    @property
+    def resident(self) -> Resident:
+        """The weight as the C kernels take it (only when `is_native`)."""
+        spec = self.plan.spec
+        weight = Weight(spec.bits, spec.group_size, spec.shape)
+        bias = None if self.bias is None else self.bias.float().contiguous()
+        return Resident(weight, self._resident(), bias)
 
     def _resident(self) -> dict[str, Tensor]:
         return {name: getattr(self, f"packed_{name}") for name in self._names}

@@ -29,6 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressor.errors import UnsupportedError
+from compressor_kernels import native
+from compressor_kernels.native_block import Contexts, attend
 
 IMPLEMENTATION = "compressor_paged"
 _IGNORED = {"dropout", "is_causal", "output_attentions", "position_ids", "use_cache"}
@@ -61,6 +63,11 @@ def active(attend: Attend) -> Iterator[None]:
         yield
     finally:
         _ACTIVE.reset(token)
+
+
+def active_attention() -> Attend | None:
+    """The `Attend` of this thread's forward pass; None outside of one."""
+    return _ACTIVE.get(None)
 
 
 def paged_attention(
@@ -226,12 +233,21 @@ class PagedBatch:
 
     def _decode(self, q: Tensor, keys: Tensor, values: Tensor, rule: Rule) -> Tensor:
         num_decodes = self.decode_slots.shape[0]
+        if rule.softcap is None and rule.sinks is None and self._is_native(keys):
+            rows = q[:, :num_decodes].transpose(0, 1).contiguous()
+            contexts = Contexts(self.decode_slots, self.decode_lengths)
+            return attend(rows, (keys, values), contexts, scale=rule.scale, window=rule.window)
         k = keys[self.decode_slots].transpose(1, 2)
         v = values[self.decode_slots].transpose(1, 2)
         heads = q[:, :num_decodes].transpose(0, 1)  # [D, H, E]
         grouped = heads.reshape(num_decodes, k.shape[1], -1, 1, heads.shape[-1])
         out = attend_masked(grouped, k, v, self._decode_mask(rule), rule)
         return out.reshape(num_decodes, heads.shape[1], -1)
+
+    @staticmethod
+    def _is_native(keys: Tensor) -> bool:
+        on_cpu = keys.device.type == "cpu" and keys.dtype == torch.float32
+        return on_cpu and native.library() is not None
 
     def _decode_mask(self, rule: Rule) -> Tensor:
         key = (-1, rule.window)

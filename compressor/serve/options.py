@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from compressor.errors import UsageError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+CPU_ACTIVATIONS = ("auto", "int8", "float")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,9 @@ class ServeOptions:
         self_check: compare paged attention with plain attention on this model before serving.
         dtype: "auto", "float32", "bfloat16" or "float16".
         device: "auto", "cpu" or "cuda".
+        cpu_activations: "int8" lets the C kernels of a CPU round the inputs of packed linears to
+            eight bits, 32 at a time; "float" keeps them exact, at half the speed; "auto" rounds
+            only where the weights have at most 4 bits.
     """
 
     host: str = "127.0.0.1"
@@ -65,6 +69,7 @@ class ServeOptions:
     self_check: bool = True
     dtype: str = "auto"
     device: str = "auto"
+    cpu_activations: str = "auto"
 
     def __post_init__(self) -> None:
         at_least_one = (
@@ -80,6 +85,11 @@ class ServeOptions:
                 raise UsageError(f"{name} must not be negative", code="SV33")
         if self.dtype not in DTYPES:
             raise UsageError(f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}", code="SV33")
+        if self.cpu_activations not in CPU_ACTIVATIONS:
+            raise UsageError(
+                f"cpu_activations {self.cpu_activations!r} is none of {', '.join(CPU_ACTIVATIONS)}",
+                code="SV33",
+            )
         if self.token_budget("cuda") < self.max_num_seqs:
             raise UsageError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) is below "

@@ -20,6 +20,7 @@ from compressor.errors import UnsupportedError, printable
 from compressor.modeling.packed_linear import unrounded_inputs
 from compressor.serve import attention
 from compressor.serve.attention import Chunk, KVCache, PagedBatch, Probe
+from compressor.serve.native_block import fuse, unfuse
 from compressor.serve.scheduler import Scheduled
 
 _SELF_CHECK_TOKENS = 24
@@ -53,6 +54,7 @@ class ModelRunner:
         self._arguments = forward_arguments(model)
         attention.register()
         self._switch(attention.IMPLEMENTATION)
+        self.fused = fuse(model)
         try:
             self.shapes = self._probe()
         except Exception:
@@ -60,8 +62,10 @@ class ModelRunner:
             raise
 
     def close(self) -> None:
-        """Give the model its own attention back."""
+        """Give the model its own attention and blocks back."""
         self._switch(self.original)
+        unfuse(self.fused)
+        self.fused = []
 
     @property
     def bytes_per_token(self) -> int:

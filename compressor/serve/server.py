@@ -62,7 +62,12 @@ def open_engine(path: Path, options: ServeOptions) -> LLMEngine:
     from compressor.serve.integrity import check_digests
 
     notes = [check_digests(path)] if options.verify else []
-    loaded = load_model(path, device=device_of(options), dtype=dtype_of(options))
+    loaded = load_model(
+        path,
+        device=device_of(options),
+        dtype=dtype_of(options),
+        cpu_activations=options.cpu_activations,
+    )
     if loaded.tokenizer is None:
         raise UnsupportedError(f"{path} has no tokenizer", code="SV33")
     engine = LLMEngine(loaded.model, loaded.tokenizer, options)

@@ -71,7 +71,12 @@ def run_smoke(
 
     options = options or ServeOptions()
     notes = [check_digests(Path(path))] if options.verify else []
-    loaded = load_model(Path(path), device=device_of(options), dtype=dtype_of(options))
+    loaded = load_model(
+        Path(path),
+        device=device_of(options),
+        dtype=dtype_of(options),
+        cpu_activations=options.cpu_activations,
+    )
     subject = Subject(loaded, options, new_tokens)
     subject.prompts = _prompts(loaded)
     checks = [check for function in CHECKS for check in function(subject)]
