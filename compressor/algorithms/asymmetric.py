@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from compressor.algorithms.finite import require_finite
-from compressor.algorithms.gptq import ROWS_AT_ONCE, inverse_cholesky
+from compressor.algorithms.gptq import ROWS_AT_ONCE, cholesky_factor
 
 RIDGE = 0.01
 
@@ -55,8 +55,20 @@ def asymmetric_target(
     if strength == 0:
         return target
     require_finite(cross, "the input drift statistics of a layer")
-    upper, _ = inverse_cholesky(hessian, dampening=ridge)  # H^-1 = U^T U
+    root, _ = cholesky_factor(hessian, dampening=ridge)  # H + lambda mean(diag H) I = R R^T
     cross = cross.to(target.dtype)
+    if len(target) >= len(cross):  # one correction for all rows is less work than one for each
+        cross = _divided(cross, root)
+        for rows in torch.split(target, ROWS_AT_ONCE):
+            rows.addmm_(rows.clone(), cross, alpha=strength)
+        return target
     for rows in torch.split(target, ROWS_AT_ONCE):
-        rows.add_(rows @ cross @ upper.T @ upper, alpha=strength)
+        rows.add_(_divided(rows @ cross, root), alpha=strength)
     return target
+
+
+def _divided(left: Tensor, root: Tensor) -> Tensor:
+    """left (R R^T)^-1 for left [n, I] and R [I, I], upper triangular."""
+    half = torch.linalg.solve_triangular(root.T, left, upper=False, left=False)
+    found: Tensor = torch.linalg.solve_triangular(root, half, upper=True, left=False)
+    return found

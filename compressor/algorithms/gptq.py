@@ -4,17 +4,21 @@ For one layer with inputs x and H = E[x x^T], the mean squared output error of r
 
     tr((W^ - W) H (W^ - W)^T).
 
-With H^-1 = U^T U (U upper triangular) the greedy solution column by column is (Frantar et al. 2022,
-"GPTQ", section 3.3; the same numbers as LDLQ and as Babai's nearest plane)
+With H = R R^T (R upper triangular) that is || (W^ - W) R ||^2, and column j of (W^ - W) R holds
+only errors of columns 1..j. The greedy solution makes them small one after another:
 
-    q_i = round of w_i on its grid,   e_i = (w_i - w^_i) / U_ii,   w_j <- w_j - e_i U_ij  for j > i.
+    c_j = w_j + sum_{i<j} (w_i - w^_i) R_ij / R_jj,        w^_j = round c_j on its grid.
+
+These are the codes of Frantar et al. 2022 ("GPTQ", section 3.3), there found from the Cholesky
+factor of H^-1, and of LDLQ (Chee et al. 2023, "QuIP", theorem 6 shows that both are one); this way
+no inverse is needed, and the error comes for nothing: sum_j R_jj^2 |c_j - w^_j|^2.
 
 Choices made here, each measured in the project's notes:
 
 * columns are visited in order of falling H_jj ("act-order"), while every group keeps its original
   columns and a grid fixed beforehand ("static groups"), so nothing but codes reaches the file;
-* U comes from one Cholesky factorisation of H with rows and columns reversed: if J is the reversal,
-  J H J = L L^T, then U = J L^-1 J, and H^-1 is never formed;
+* R comes from one Cholesky factorisation of H with rows and columns reversed: if J is the reversal,
+  J H J = L L^T, then R = J L J;
 * a column that no calibration token touched (H_jj = 0) keeps its value and is rounded to nearest;
 * masked (pruned) weights are forced to the zero point, and their error is repaired as well.
 
@@ -30,7 +34,7 @@ import torch
 from torch import Tensor
 
 from compressor.algorithms.finite import require_finite
-from compressor.algorithms.grid import Levels, dequantize, group_width
+from compressor.algorithms.grid import Levels, group_width
 
 MAX_RETRIES = 3  # times the dampening is raised tenfold
 EIGENVALUE_FLOOR = 1e-6  # of the largest eigenvalue
@@ -56,8 +60,9 @@ class Factor:
 class GptqResult:
     """Codes and their cost.
 
-    codes: uint8 [O, I]. error: tr(dW H dW^T) with the undamped H. num_dead: columns without input.
-    num_saturated: codes that wanted to lie outside the grid and were clamped.
+    codes: uint8 [O, I]. error: tr(dW H dW^T) with H as factorised, less the part of the dampening.
+    num_dead: columns without input. num_saturated: codes that wanted to lie outside the grid and
+    were clamped.
     """
 
     codes: Tensor
@@ -77,10 +82,10 @@ def hessian_error(delta_w: Tensor, hessian: Tensor) -> float:
     return total
 
 
-def inverse_cholesky(
+def cholesky_factor(
     hessian: Tensor, *, dampening: float, order: Tensor | None = None
 ) -> tuple[Tensor, Factor]:
-    """U [I, I], upper triangular, with (H + dampening * mean(diag H) * I)^-1 = U^T U.
+    """R [I, I], upper triangular, with H + dampening * mean(diag H) * I = R R^T.
 
     order: factorise H[order][:, order] instead, without a lasting copy of it.
 
@@ -106,7 +111,17 @@ def inverse_cholesky(
     floor = diagonal.max() * EIGENVALUE_FLOOR
     safe = torch.where(diagonal > floor, diagonal, floor if bool(floor > 0) else diagonal + 1)
     reason = "no factorisation succeeded: only the diagonal was used (round to nearest)"
-    return torch.diag(safe.rsqrt()), Factor(0.0, attempts + 2, reason)
+    return torch.diag(safe.sqrt()), Factor(0.0, attempts + 2, reason)
+
+
+def inverse_cholesky(
+    hessian: Tensor, *, dampening: float, order: Tensor | None = None
+) -> tuple[Tensor, Factor]:
+    """U = R^-1 [I, I] of `cholesky_factor`: (H + dampening * mean(diag H) * I)^-1 = U^T U."""
+    root, factor = cholesky_factor(hessian, dampening=dampening, order=order)
+    inverse = torch.eye(len(root), dtype=root.dtype, device=root.device).mT
+    torch.linalg.solve_triangular(root, inverse, upper=True, out=inverse)
+    return inverse, factor
 
 
 def gptq(
@@ -127,15 +142,15 @@ def gptq(
     require_finite(w, "the weights to be quantized")
     alive, num_dead = _revive(hessian)
     order = torch.argsort(alive.diagonal(), descending=True, stable=True)
-    upper, factor = inverse_cholesky(alive, dampening=dampening, order=order)
+    root, factor = cholesky_factor(alive, dampening=dampening, order=order)
+    added = alive.diagonal() - hessian.diagonal()  # what was factorised beyond H: dead columns
+    added = added + factor.dampening_used * alive.diagonal().mean()
     del alive
-    columns = _Columns(w, order, grid, mask, dtype=upper.dtype)
-    _sweep(columns, upper, columns_per_block)
-    del upper
-    codes, num_saturated = columns.codes.T.contiguous(), int(columns.num_saturated)
-    del columns
-    error = hessian_error(dequantize(codes, grid).sub_(w), hessian)
-    return GptqResult(codes, error, num_dead, num_saturated, factor)
+    columns = _Columns(w, order, grid, mask, dtype=root.dtype)
+    error = _sweep(columns, root, columns_per_block) - columns.square_error(added[order])
+    del root
+    codes, num_saturated = columns.codes.T.contiguous(), int(columns.num_saturated.sum())
+    return GptqResult(codes, max(0.0, error), num_dead, num_saturated, factor)
 
 
 def _ladder(dampening: float, dtype: torch.dtype) -> Iterator[tuple[float, torch.dtype, str]]:
@@ -172,17 +187,14 @@ def _symmetrize(square: Tensor) -> None:
 
 
 def _factor(flipped: Tensor) -> Tensor | None:
-    """U = J L^-1 J of the reversed matrix J H J = L L^T; None if it is not positive definite."""
-    lower = flipped.mT  # column-major, so that both steps work in place
+    """R = J L J of the reversed matrix J H J = L L^T; None if it is not positive definite."""
+    lower = flipped.mT  # column-major, so that the factorisation works in place
     del flipped
     info = torch.zeros((), dtype=torch.int32, device=lower.device)
     torch.linalg.cholesky_ex(lower, out=(lower, info))
-    if int(info) != 0:
+    if int(info) != 0 or not bool(torch.isfinite(lower.diagonal()).all()):
         return None
-    inverse = torch.eye(lower.shape[0], dtype=lower.dtype, device=lower.device).mT
-    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
-    del lower
-    return inverse.flip(0, 1) if bool(torch.isfinite(inverse.sum())) else None
+    return lower.flip(0, 1)
 
 
 def _clamp_eigenvalues(hessian: Tensor, order: Tensor | None) -> Tensor | None:
@@ -212,25 +224,33 @@ def _revive(hessian: Tensor) -> tuple[Tensor, int]:
     return alive, num_dead
 
 
-def _sweep(columns: _Columns, upper: Tensor, block: int) -> None:
-    """Round all columns in visiting order; errors reach later blocks one block at a time."""
+def _sweep(columns: _Columns, root: Tensor, block: int) -> float:
+    """Round all columns in visiting order; returns || (W^ - W) R ||^2.
+
+    Each block first takes what the errors of all blocks before it mean for its columns.
+    """
+    total = 0.0
     for begin in range(0, len(columns.position), block):
         end = min(begin + block, len(columns.position))
-        errors = torch.empty_like(columns.weights[begin:end])
+        diagonal = root.diagonal()[begin:end]
+        inside = root[begin:end, begin:end] / diagonal
+        before = (root[:begin, begin:end] / diagonal).T @ columns.weights[:begin]
+        misses = torch.empty_like(columns.weights[begin:end])
         for row in range(begin, end):
-            offset = row - begin
-            column = columns.weights[row]
-            if offset:  # errors of this block, applied only when the column's turn comes
-                column = column - torch.mv(errors[:offset].T, upper[begin:row, row])
-            errors[offset] = columns.round(row, column) / upper[row, row]
-        columns.weights[end:] -= upper[begin:end, end:].T @ errors
+            at = row - begin
+            wanted = columns.weights[row] + before[at]
+            if at:  # errors of this block, applied only when the column's turn comes
+                wanted = wanted.addmv_(columns.weights[begin:row].T, inside[:at, at])
+            misses[at] = columns.round(row, wanted)
+        total += float((misses.square().sum(1).double() * diagonal.double().square()).sum())
+    return total
 
 
 class _Columns:
     """Columns of one layer in visiting order, with the grid, mask and codes that belong to them.
 
     Weights and codes lie transposed, [I, O], so that one column is one contiguous row; codes are in
-    the original order of columns.
+    the original order of columns. A column that is rounded is replaced by its error w - w^.
     """
 
     def __init__(
@@ -244,14 +264,21 @@ class _Columns:
         self.zero = grid.zero_point.T.to(dtype).contiguous()
         self.nearest = grid.nearest
         self.codes = torch.empty(w.shape[1], w.shape[0], dtype=torch.uint8, device=w.device)
-        self.num_saturated = torch.zeros((), dtype=torch.int64, device=w.device)
+        self.num_saturated = torch.zeros(w.shape[0], dtype=torch.int32, device=w.device)
 
-    def round(self, row: int, column: Tensor) -> Tensor:
-        """Store the codes of one column [O] and return its error w - w^."""
+    def round(self, row: int, wanted: Tensor) -> Tensor:
+        """Store the codes nearest to `wanted` [O] for one column; returns wanted - w^."""
         original = self.position[row]
         scale, zero = self.scale[original // self.width], self.zero[original // self.width]
-        wanted = column if self.keep is None else torch.where(self.keep[row], column, 0.0)
-        code, level, outside = self.nearest(wanted / scale, zero)
-        self.num_saturated += outside.sum()
+        kept = wanted if self.keep is None else torch.where(self.keep[row], wanted, 0.0)
+        code, level, outside = self.nearest(kept / scale, zero)
+        self.num_saturated += outside
         self.codes[original] = code
-        return column - level * scale
+        rounded = level * scale
+        self.weights[row] -= rounded
+        return wanted - rounded
+
+    def square_error(self, weight: Tensor) -> float:
+        """sum_j weight_j |w_j - w^_j|^2 after all columns are rounded."""
+        squares = self.weights.square().sum(1).double()
+        return float((squares * weight.to(squares)).sum())

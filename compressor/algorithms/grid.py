@@ -16,9 +16,10 @@ Three rules keep the numbers exact from here to the packed file:
 * z is an integer inside the code range, hence 0 is always representable.
 
 ``minmax_grid`` covers the whole range of a group. ``mse_grid`` trades the rare large weight for a
-finer step: it tries shrunk ranges with neighbouring zero points, then refines the best scale by
-least squares for fixed codes, s = <h w, c> / <h c, c> with c = q - z, and never accepts a step that
-raises the error sum_j h_j (w_j - w^_j)^2.
+finer step: it tries shrunk ranges with neighbouring zero points, first far apart and then around
+the best of each group, refines the best scale by least squares for fixed codes,
+s = <h w, c> / <h c, c> with c = q - z, and never accepts a step that raises the error
+sum_j h_j (w_j - w^_j)^2.
 
 # O out, I in, G groups, g columns in a group, Q = 2^bits - 1
 """
@@ -34,6 +35,8 @@ from torch import Tensor
 from compressor.algorithms.finite import require_finite
 from compressor.errors import RecipeError
 
+COARSE = 9  # shrunk ranges tried first, evenly from the whole range to the narrowest
+HALVINGS = 2  # then on both sides of the best, at half and at a quarter of their distance
 NUM_REFINEMENTS = 3  # least-squares steps after the search; the error stops moving after 2 or 3
 ROWS_AT_ONCE_ELEMENTS = 1 << 18  # weights searched together: 1 MiB fits the cache, 4 is 5x slower
 
@@ -144,18 +147,17 @@ def mse_grid(
     symmetric: bool,
     scale_dtype: torch.dtype = torch.bfloat16,
     importance: Tensor | None = None,
-    num_shrink: int = 32,
 ) -> Grid:
     """The grid with the smallest weighted squared error found by search, per row and group.
 
     w: [O, I]; importance: [I], for example diag(H), or None for plain squared error (the better
-    choice inside GPTQ). Never worse than ``minmax_grid`` in any group. Cost: about 3 * num_shrink
-    passes over w (num_shrink if symmetric). Raises as ``minmax_grid``.
+    choice inside GPTQ). Never worse than ``minmax_grid`` in any group. Cost: about 40 trial
+    roundings of w, 16 if symmetric. Raises as ``minmax_grid``.
     """
     groups = _grouped(w, group_size)
     weight = None if importance is None else _grouped(importance[None], group_size)
     rows = max(1, ROWS_AT_ONCE_ELEMENTS // w.shape[1])
-    search = _Search(bits, symmetric, scale_dtype, num_shrink)
+    search = _Search(bits, symmetric, scale_dtype)
     parts = [search.solve(part, weight) for part in torch.split(groups, rows)]
     scale = torch.cat([part[0] for part in parts])
     zero = torch.cat([part[1] for part in parts]).to(torch.int32)
@@ -181,12 +183,6 @@ def _grouped(w: Tensor, group_size: int) -> Tensor:
     width = group_width(w.shape[1], group_size)
     require_finite(w, "the weights to be quantized")
     return w.float().reshape(len(w), -1, width)
-
-
-def _codes(groups: Tensor, scale: Tensor, zero: Tensor, *, levels: int) -> Tensor:
-    """Codes as floats: [O, G, g] with [O, G] parameters."""
-    rounded = torch.round(groups / scale.unsqueeze(-1))
-    return rounded.add_(zero.unsqueeze(-1)).clamp_(0, levels - 1)
 
 
 def _stored(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
@@ -225,61 +221,79 @@ class _Search:
     bits: int
     symmetric: bool
     scale_dtype: torch.dtype
-    num_shrink: int
 
     def solve(self, groups: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         """Best scale and zero point (fp32 [O, G]) for groups [O, G, g]."""
         start = _minmax(
             groups, bits=self.bits, symmetric=self.symmetric, scale_dtype=self.scale_dtype
         )
-        best = _Best(groups, weight, *start, levels=1 << self.bits)
-        for scale, zero in self._candidates(groups):
-            best.offer(scale, zero)
+        best = _Best(groups, weight, *start, search=self)
+        low, step = self._range(groups)
+        narrowest = 0.35 if self.bits <= 4 else 0.8  # fine steps gain little from clipping
+        distance = (1.0 - narrowest) / (COARSE - 1)
+        shrink = torch.ones_like(step)
+        for index in range(COARSE):
+            shrink = self._try(best, 1.0 - index * distance, (low, step), shrink)
+        for _ in range(HALVINGS):
+            distance /= 2
+            middle = shrink
+            for side in (distance, -distance):
+                shrink = self._try(best, middle + side, (low, step), shrink)
         for _ in range(NUM_REFINEMENTS):
             best.offer(_stored(best.least_squares_scale(), self.scale_dtype), best.zero)
         return best.scale, best.zero
 
-    def _candidates(self, groups: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Shrunk ranges, widest first; asymmetric ones with the zero point one lower and higher."""
-        lowest = 0.35 if self.bits <= 4 else 0.8  # fine steps gain little from clipping
-        shrinks = torch.linspace(1.0, lowest, self.num_shrink).tolist()
+    def _range(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """The low end of every group and the step [O, G] that covers its whole range."""
         if self.symmetric:
-            half = 1 << (self.bits - 1)
-            widest = _signed_absmax(groups) / (half - 1)
-            zero = torch.full_like(widest, half)
-            return [(_stored(widest * shrink, self.scale_dtype), zero) for shrink in shrinks]
+            widest = _signed_absmax(groups)
+            return widest, widest / ((1 << (self.bits - 1)) - 1)
         top = (1 << self.bits) - 1
         low = groups.amin(dim=-1).clamp(max=0)
-        span = groups.amax(dim=-1).clamp(min=0) / top - low / top
-        scales = [_stored(span * shrink, self.scale_dtype) for shrink in shrinks]
-        middles = [
-            torch.round(-low * shrink / scale)
-            for shrink, scale in zip(shrinks, scales, strict=True)
-        ]
-        return [
-            (scale, (middle + shift).clamp(0, top))
-            for scale, middle in zip(scales, middles, strict=True)
-            for shift in (0, -1, 1)
-        ]
+        return low, groups.amax(dim=-1).clamp(min=0) / top - low / top
+
+    def _try(
+        self,
+        best: _Best,
+        shrink: Tensor | float,
+        whole: tuple[Tensor, Tensor],
+        kept: Tensor,
+    ) -> Tensor:
+        """Offer the range shrunk so far; returns `shrink` where it is now the best, else `kept`.
+
+        An asymmetric grid is tried with its zero point one lower and higher, too.
+        """
+        low, step = whole
+        scale = _stored(step * shrink, self.scale_dtype)
+        if self.symmetric:
+            better = best.offer(scale, torch.full_like(scale, 1 << (self.bits - 1)))
+            return torch.where(better, shrink, kept)
+        middle = torch.round(-low * shrink / scale)
+        for shift in (0, -1, 1):
+            better = best.offer(scale, (middle + shift).clamp(0, (1 << self.bits) - 1))
+            kept = torch.where(better, shrink, kept)
+        return kept
 
 
 class _Best:
     """The best grid seen so far for every group; its error never rises."""
 
     def __init__(
-        self, groups: Tensor, weight: Tensor | None, scale: Tensor, zero: Tensor, *, levels: int
+        self, groups: Tensor, weight: Tensor | None, scale: Tensor, zero: Tensor, *, search: _Search
     ) -> None:
-        self.groups, self.weight, self.levels = groups, weight, levels
+        self.groups, self.weight = groups, weight
+        self.levels, self.symmetric = 1 << search.bits, search.symmetric
         self.scale, self.zero = scale, zero
         self.error = self._error(scale, zero)
 
-    def offer(self, scale: Tensor, zero: Tensor) -> None:
-        """Take the candidate [O, G] wherever it is strictly better."""
+    def offer(self, scale: Tensor, zero: Tensor) -> Tensor:
+        """Take the candidate [O, G] wherever it is strictly better; returns where."""
         error = self._error(scale, zero)
         better = error < self.error
         self.scale = torch.where(better, scale, self.scale)
         self.zero = torch.where(better, zero, self.zero)
         self.error = torch.where(better, error, self.error)
+        return better
 
     def least_squares_scale(self) -> Tensor:
         """The real scale that is optimal for the present codes; the old one where undefined."""
@@ -290,8 +304,12 @@ class _Best:
         return torch.where((square > 0) & (scale * self.scale > 0), scale, self.scale)
 
     def _centred(self, scale: Tensor, zero: Tensor) -> Tensor:
-        codes = _codes(self.groups, scale, zero, levels=self.levels)
-        return codes.sub_(zero.unsqueeze(-1))
+        """Codes less the zero point, as floats [O, G, g]."""
+        rounded = torch.round(self.groups / scale.unsqueeze(-1))
+        if self.symmetric:  # one zero point for all: a third of the passes over memory less
+            return rounded.clamp_(-(self.levels // 2), self.levels // 2 - 1)
+        zero = zero.unsqueeze(-1)
+        return rounded.add_(zero).clamp_(0, self.levels - 1).sub_(zero)
 
     def _error(self, scale: Tensor, zero: Tensor) -> Tensor:
         difference = self._centred(scale, zero).mul_(scale.unsqueeze(-1)).sub_(self.groups)
