@@ -66,6 +66,16 @@ def test_statistics_are_the_mean_squares_of_what_linears_get(
         torch.testing.assert_close(stored[name], x.square().mean((0, 1)), rtol=1e-4, atol=1e-7)
 
 
+def test_only_the_first_rows_are_looked_at_when_there_are_many(
+    tiny_models: Models, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compressor.stages.calibrate.LOOK_TOKENS", 70)
+    report = Bench(tiny_models("qwen3_moe"), tmp_path / "run").run(stage(text))
+    assert report.tokens is not None
+    assert report.tokens.tokens.shape == (8, 32)
+    assert report.facts["tokens_looked_at"] == 2 * 32
+
+
 def test_tokens_of_experts_are_counted(tiny_models: Models, text: Path, tmp_path: Path) -> None:
     bench = Bench(tiny_models("qwen3_moe"), tmp_path / "run")
     bench.run(stage(text))

@@ -68,6 +68,13 @@ class TokenRows:
     positions: torch.Tensor | None = None
     sources: tuple[SourceFacts, ...] = ()
 
+    def first(self, count: int) -> TokenRows:
+        """The first rows; digest and notes stay those of the whole."""
+        positions = None if self.positions is None else self.positions[:count]
+        return replace(
+            self, tokens=self.tokens[:count], mask=self.mask[:count], positions=positions
+        )
+
 
 def token_rows(
     config: DataConfig,

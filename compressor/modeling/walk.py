@@ -45,7 +45,7 @@ class WalkOptions:
     """
 
     workdir: Path
-    tokens_per_batch: int = 4096
+    tokens_per_batch: int = 2048
     limit_bytes: int = 512 << 20
     pause_bytes: int = PAUSE_BYTES
 

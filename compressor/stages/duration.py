@@ -26,6 +26,7 @@ from compressor.recipe import (
     TransformConfig,
 )
 from compressor.recipe.data import SELF
+from compressor.stages.calibrate import LOOK_TOKENS
 from compressor.stages.search import ROUNDS
 from compressor.stages.selection import block_linears, stored_dtype
 
@@ -67,7 +68,9 @@ def seconds(recipe: Recipe, state: ModelState) -> float:
         if isinstance(stage, CalibrateConfig):
             tokens = stage.data.num_samples * stage.data.seq_len
             sizes = _with_rows(sizes, tokens, stage.data.seq_len)
-            work += (WRITING if SELF in stage.data.names else 2.0) * sizes.weights * tokens
+            looked = min(tokens, LOOK_TOKENS)
+            work += 2.0 * sizes.weights * looked
+            work += WRITING * sizes.weights * tokens if SELF in stage.data.names else 0.0
         elif isinstance(stage, QuantizeConfig):
             work += quantize_work(stage, sizes)
         elif isinstance(stage, TransformConfig):

@@ -156,16 +156,16 @@ class BlockStatistics:
     ) -> Iterator[tuple[list[str], GroupStatistics]]:
         """One pass of each stream through the block."""
         heads = [group[0] for group in groups]
-        there = self._reference_inputs(pair, heads)
+        there = self._reference_inputs(pair, [n for n in heads if self._wants_cross(pair, n)])
         forwards = [self._forward(pair, rows) for rows in self.walk.batches()]
         with PausedRuns(pair.block, heads, forwards) as runs:
             for group in groups:
                 head, columns = group[0], pair.block.linears[group[0]].shape[1]
-                total = HessianAccumulator(columns, with_cross=bool(there))
+                total = HessianAccumulator(columns, with_cross=head in there)
                 batches = zip(self.walk.batches(), runs.inputs(head), strict=True)
                 for index, (rows, x) in enumerate(batches):
                     if rows.start < self.rows.stop:
-                        y = there[head][index] if there else None
+                        y = there[head][index] if head in there else None
                         total.add(*self._counted(rows, x, y))
                 there.pop(head, None)
                 yield group, _statistics(total, columns)
@@ -178,12 +178,12 @@ class BlockStatistics:
         return lambda: pair.block.run(self.streams.compressed.read(rows), kwargs)
 
     def _reference_inputs(self, pair: _Pair, heads: list[str]) -> dict[str, list[Tensor | None]]:
-        """Inputs of `heads` in the reference, batch by batch; empty without D.
+        """Inputs of `heads`, those that D is wanted of, in the reference, batch by batch.
 
         Batches that only hold measuring rows keep nothing. If `final`, the stream moves on.
         """
         found: dict[str, list[Tensor | None]] = {n: [] for n in heads}
-        if not self.collection.asymmetric:
+        if not heads:
             return {}
         stream, position = self.streams.reference, pair.position
 
@@ -200,6 +200,12 @@ class BlockStatistics:
         else:
             deque(outputs(), maxlen=0)
         return found
+
+    def _wants_cross(self, pair: _Pair, name: str) -> bool:
+        """Whether there can be enough tokens to correct the target; D is as much work as H."""
+        tokens = self.rows.stop * self.walk.tokens.shape[1]
+        columns = pair.block.linears[name].shape[1]
+        return self.collection.asymmetric and correction_strength(tokens, columns)[0] > 0.0
 
     def _counted(
         self, rows: slice, x: Tensor, there: Tensor | None
@@ -219,18 +225,21 @@ class BlockStatistics:
         """Run the calibration rows from the block's start to a phase of groups."""
         position, block = pair.position, pair.block
         heads = [group[0] for group in phase]
-        cross = self.collection.asymmetric and not EXPERT.match(heads[0])
-        sums = {n: HessianAccumulator(block.linears[n].shape[1], with_cross=cross) for n in heads}
+        expert = EXPERT.match(heads[0]) is not None
+        cross = [] if expert else [n for n in heads if self._wants_cross(pair, n)]
+        sums = {
+            n: HessianAccumulator(block.linears[n].shape[1], with_cross=n in cross) for n in heads
+        }
         for rows in self.walk.batches(self.rows):
             kwargs = self.walk.kwargs(rows, position)
             here = inputs_of(block, heads, self.streams.compressed.read(rows), kwargs)
             there = (
-                inputs_of(pair.original, heads, self.streams.reference.read(rows), kwargs)
+                inputs_of(pair.original, cross, self.streams.reference.read(rows), kwargs)
                 if cross
                 else {}
             )
             for name, x in here.items():
-                y = _flat(there[name]) if cross else None
+                y = _flat(there[name]) if name in there else None
                 sums[name].add(_flat(x), y, self._mask(rows, x))
         layers = self._layers(pair, sums)
         for group in phase:
