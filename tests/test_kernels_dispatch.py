@@ -82,7 +82,7 @@ def test_every_way_can_be_chosen_by_name_and_every_choice_exists():
             )
     gpu = plan_linear("cuda", 4, group_size=128, symmetric=True, shape=(256, 256))
     assert gpu.name == "triton"
-    assert plan_linear("cuda", 3, group_size=128, symmetric=True, shape=(8, 8)).name == "planes"
+    assert plan_linear("cuda", 5, group_size=128, symmetric=True, shape=(8, 8)).name == "planes"
 
 
 def test_the_resident_bytes_are_the_packed_bytes_and_the_scales():

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from compressor.artifact.formats import LayerFormat
+from compressor_kernels import gpu
 from compressor_kernels.bundle import BundleError, artifact_bundle, kernel_digest
-from compressor_kernels.bundle import LayerFormat as KernelLayer
+from compressor_kernels.tuning import GemmSpec
 
 log = logging.getLogger("compressor.pack")
 FOLDER = "kernels"
-KERNEL_BITS = 4
+_ONE_BYTE = {"nvfp4-pack-quantized": "e5m3", "mxfp4-pack-quantized": "e8m0"}
 
 
 def add_kernels(
@@ -31,16 +32,9 @@ def add_kernels(
     A machine that cannot compile for an architecture still gets the sources: the failure is logged
     and reported, the checkpoint does not depend on it.
     """
-    layers = sorted(
-        {
-            KernelLayer(shapes[name], fmt.group_size, fmt.symmetric)
-            for name, fmt in formats.items()
-            if fmt.bits == KERNEL_BITS and fmt.number == "int"
-        },
-        key=str,
-    )
     if not formats:
         return {"archs": [], "note": "no quantized layers, no kernels"}
+    layers = kernel_layers(formats, shapes)
     try:
         artifact_bundle(layers, archs, folder / FOLDER)
     except BundleError as error:
@@ -49,6 +43,24 @@ def add_kernels(
         return {"archs": [], "digest": kernel_digest(), "note": f"not compiled: {error}"}
     compiled = archs if layers else []
     return {"archs": compiled, "digest": kernel_digest(), "num_shapes": len(layers)}
+
+
+def kernel_layers(
+    formats: dict[str, LayerFormat], shapes: dict[str, tuple[int, int]]
+) -> list[GemmSpec]:
+    """The distinct weights of a model that the GPU kernels compute, in a stable order."""
+    found = {_spec(fmt, shapes[name]) for name, fmt in formats.items()}
+    return sorted((spec for spec in found if spec is not None), key=str)
+
+
+def _spec(fmt: LayerFormat, shape: tuple[int, int]) -> GemmSpec | None:
+    kind = gpu.kind_of(fmt.stored, fmt.bits)
+    group_size = fmt.block or fmt.group_size
+    known = gpu.takes(fmt.stored, fmt.bits, group_size=fmt.group_size, block=fmt.block)
+    if kind is None or not known:
+        return None
+    scale_kind = _ONE_BYTE.get(fmt.stored, "float")
+    return GemmSpec(kind, group_size, shape, not fmt.symmetric, scale_kind)
 
 
 def kernels_match(folder: Path) -> bool | None:

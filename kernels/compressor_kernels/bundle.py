@@ -20,28 +20,18 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from compressor_kernels.layout import GROUP_SIZES
-from compressor_kernels.tuning import choose_config
+from compressor_kernels.tuning import GemmSpec, KernelConfig, choose_config
 
-TIERS = (1, 8, 16, 32, 64)
+TIERS = (1, 8, 16, 32, 64, 128)
 
 
 class BundleError(RuntimeError):
     """The kernels could not be compiled; the text ends with the compiler's words."""
-
-
-@dataclass(frozen=True, slots=True)
-class LayerFormat:
-    """A 4-bit linear as the kernel sees it: weight [out, in], group size, zero points or not."""
-
-    shape: tuple[int, int]
-    group_size: int
-    symmetric: bool
 
 
 def kernel_sources() -> dict[str, bytes]:
@@ -61,19 +51,17 @@ def kernel_digest() -> str:
 
 
 def artifact_bundle(
-    layers: Sequence[LayerFormat], archs: Sequence[str], out_dir: Path
+    layers: Sequence[GemmSpec], archs: Sequence[str], out_dir: Path
 ) -> dict[str, Any]:
     """Write the bundle into `out_dir` (made if missing) and return `digests.json`.
 
-    Layers with a group size that the kernel does not have are left out of the launch table.
     Compiles in a child process. Raises BundleError when that fails. No `archs`: no binaries.
     """
     (out_dir / "source").mkdir(parents=True, exist_ok=True)
     for name, content in kernel_sources().items():
         (out_dir / "source" / name).write_bytes(content)
-    with_kernel = [layer for layer in layers if layer.group_size in GROUP_SIZES]
-    if archs and with_kernel:
-        launch, jobs = launch_table(with_kernel, archs)
+    if archs and layers:
+        launch, jobs = launch_table(layers, archs)
         _write_json(out_dir / "launch.json", launch)
         _compile(jobs, out_dir)
     digests = {
@@ -89,34 +77,33 @@ def artifact_bundle(
 
 
 def launch_table(
-    layers: Sequence[LayerFormat], archs: Sequence[str]
+    layers: Sequence[GemmSpec], archs: Sequence[str]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Launch configurations by architecture, layer and M; and the distinct kernels they need."""
     table: dict[str, Any] = {}
     jobs: dict[str, dict[str, Any]] = {}
     for arch in archs:
         for layer in layers:
-            key = f"{layer.shape[0]}x{layer.shape[1]}/g{layer.group_size}"
+            group = f"{layer.kind}/g{layer.group_size}{'a' if layer.has_zeros else ''}"
+            key = f"{layer.shape[0]}x{layer.shape[1]}/{group}"
             for rows in TIERS:
-                config = choose_config(arch, layer.shape, rows, group_size=layer.group_size)
+                config = choose_config(arch, layer, rows)
                 table.setdefault(arch, {}).setdefault(key, {})[str(rows)] = asdict(config)
-                job = _job(arch, layer, asdict(config))
+                job = _job(arch, layer, replace(config, split_k=min(config.split_k, 2)))
                 jobs[json.dumps(job, sort_keys=True)] = job
     return table, list(jobs.values())
 
 
-def _job(arch: str, layer: LayerFormat, config: dict[str, int]) -> dict[str, Any]:
+def _job(arch: str, layer: GemmSpec, config: KernelConfig) -> dict[str, Any]:
     """A kernel to compile; every split-K above one is the same kernel."""
     variant = {
+        "kind": layer.kind,
         "group_size": layer.group_size,
-        "symmetric": layer.symmetric,
-        "even_k": layer.shape[1] % 128 == 0,
+        "has_zeros": layer.has_zeros,
+        "scale_kind": layer.scale_kind,
+        "even_k": layer.shape[1] % layer.block_k == 0,
     }
-    return {
-        "arch": arch,
-        "config": config | {"split_k": min(config["split_k"], 2)},
-        "variant": variant,
-    }
+    return {"arch": arch, "config": asdict(config), "variant": variant}
 
 
 def _compile(jobs: list[dict[str, Any]], out_dir: Path) -> None:

@@ -18,12 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compressor_kernels import cpu, native
-from compressor_kernels.layout import GROUP_SIZES, PlanarWeight, from_planar, to_planar
+from compressor_kernels import cpu, gpu, native
 from compressor_kernels.planes import to_planes
 from compressor_kernels.reference import dequant_gemm as reference_gemm
 from compressor_kernels.reference import (
-    dequantize,
     dequantize_checkpoint,
     dequantize_stored,
     num_groups,
@@ -33,6 +31,7 @@ from compressor_kernels.reference import (
 )
 
 Tensors = dict[str, Tensor]
+_INTEGERS = ("pack-quantized", "int-quantized")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +86,7 @@ class LinearPlan:
         """
         if self.spec.stored == "int-quantized":
             tensors = _as_packed(tensors)
-        if self.name != "dense":
+        if self.spec.stored in _INTEGERS:
             check_tensors(self.spec, tensors)
         made = WAYS[self.name].prepare(self.spec, tensors)
         return {name: tensor.to(self.device) for name, tensor in made.items()}
@@ -144,10 +143,12 @@ def plan_for(device: torch.device | str, spec: LinearSpec) -> LinearPlan:
 
 def choose(device: torch.device, spec: LinearSpec) -> tuple[str, str]:
     """(name in `WAYS`, why)."""
-    if spec.stored not in ("pack-quantized", "int-quantized"):
+    if device.type == "cuda" and _has_gpu_kernel(spec):
+        return "triton", f"{gpu.kind_of(spec.stored, spec.bits)} on a GPU: the dequant_gemm kernel"
+    if spec.stored not in _INTEGERS:
         return "dense", f"no kernel for {spec.stored}: dequantized once, a dense product"
     if device.type != "cpu":
-        return _choose_gpu(device, spec)
+        return "planes", f"{spec.bits} bits on {device.type}: no kernel, dequantized at each call"
     if native.takes(spec.bits, spec.group_size) and native.library() is not None:
         if spec.rounds:
             return "native-int8", f"{native.reason()}: activations rounded to eight bits"
@@ -166,11 +167,9 @@ def choose(device: torch.device, spec: LinearSpec) -> tuple[str, str]:
     return "planes", f"no packed product for this format on {capability}: dequantized at each call"
 
 
-def _choose_gpu(device: torch.device, spec: LinearSpec) -> tuple[str, str]:
-    fits = spec.bits == 4 and spec.group_size in GROUP_SIZES and spec.dtype != torch.float32
-    if device.type == "cuda" and fits:
-        return "triton", "4-bit groups on a GPU: the dequant_gemm kernel"
-    return "planes", f"{spec.bits} bits on {device.type}: no kernel, dequantized at each call"
+def _has_gpu_kernel(spec: LinearSpec) -> bool:
+    known = gpu.takes(spec.stored, spec.bits, group_size=spec.group_size, block=spec.block)
+    return known and spec.dtype != torch.float32
 
 
 # ------------------------------------------------------------------ the ways
@@ -195,21 +194,17 @@ def _prepare_bytes(spec: LinearSpec, tensors: Tensors) -> Tensors:
 
 
 def _prepare_triton(spec: LinearSpec, tensors: Tensors) -> Tensors:
-    weight = to_planar(*read_checkpoint(tensors, spec.bits, spec.group_size), spec.group_size)
-    resident = {"words": weight.words, "scale": weight.scales}
-    return resident if weight.zeros is None else resident | {"zeros": weight.zeros}
+    return gpu.prepare(
+        tensors, stored=spec.stored, bits=spec.bits, group_size=spec.group_size, block=spec.block
+    )
 
 
 def _apply_triton(spec: LinearSpec, x: Tensor, resident: Tensors) -> Tensor:
-    words, scale, zeros = resident["words"], resident["scale"], resident.get("zeros")
-    weight = PlanarWeight(words, scale, zeros, spec.shape, spec.group_size)
-    if x.dtype in (torch.bfloat16, torch.float16):
-        from compressor_kernels.dequant_gemm import dequant_gemm  # triton exists only on Linux
-
-        return dequant_gemm(x, weight)
-    codes, scale, zeros = from_planar(weight)
-    offset = 8.0 if zeros is None else zeros
-    return reference_gemm(x, dequantize(codes, scale, offset, spec.group_size))
+    kind = gpu.kind_of(spec.stored, spec.bits)
+    assert kind is not None
+    group_size = spec.block or spec.group_size
+    weight = gpu.planar(resident, kind, shape=spec.shape, group_size=group_size)
+    return gpu.apply(x, weight)
 
 
 def _prepare_int4(spec: LinearSpec, tensors: Tensors) -> Tensors:

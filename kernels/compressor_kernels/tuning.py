@@ -1,13 +1,16 @@
 """Launch configurations: a table of measured ones, and a rule for the rest.
 
-`configs.json` maps "arch/op/bits/group/NxK/M bucket" to a configuration that a bench run chose
-(`bench/bench_dequant_gemm.py`). It is data, not a cache: nothing is tuned while serving, because
-tuning at the first call breaks graph capture and makes the first request slow. Where the table is
-silent the rule below decides:
+`configs.json` maps "arch/op/kind/group/NxK/M bucket" to a configuration that `compress tune` or a
+bench run measured. It is data, not a cache: nothing is tuned while serving, because tuning at the
+first call breaks graph capture and makes the first request slow. Where the table is silent the rule
+below decides:
 
-- rows a tile: the smallest of 8, 16, 32, 64 that holds M (matrix instructions on AMD need 16);
+- rows a tile: the smallest of 8, 16, 32, 64, 128 that holds M (matrix instructions on AMD need 16);
+- form: `group`, on AMD `raw` for integers; `element` where two accumulators would spill (compiled:
+  from 17, 33 or 65 rows on, by format) and for groups of 16; `dense` (dequantize, then cuBLAS) from
+  1024 rows on;
 - split-K: enough blocks for two per processor, at most 16 splits, every split at least one tile;
-- warps: 4, one a scheduler; 8 for 64 rows on sm_8x, where 4 would spill registers;
+- warps: 4, one a scheduler; 8 for 128 rows, and for 64 rows on sm_8x, where 4 would spill;
 - stages: 4 while a stage is small, 3 for 64 rows, 2 on AMD.
 
 None of it has been measured on a GPU yet.
@@ -22,21 +25,27 @@ from importlib.resources import files
 
 import torch
 
-from compressor_kernels.layout import tiles
+from compressor_kernels.words import LAYOUTS, Kind, columns_a_plane
 
-PROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 142, "sm_90": 132, "sm_100": 148, "gfx942": 304}
+BLOCK_N = 128
+PROCESSORS = {
+    "sm_80": 108, "sm_86": 84, "sm_89": 142, "sm_90": 132, "sm_100": 148, "sm_120": 170,
+    "gfx942": 304, "gfx950": 256,
+}  # fmt: skip
 M_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-OP = "dequant_gemm"
+FORMS = ("group", "raw", "element", "dense")
+DENSE_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class KernelConfig:
-    """Launch shape: rows of x a tile, K splits, warps, software pipeline stages."""
+    """Launch shape: rows of x a tile, K splits, warps, pipeline stages, form of the product."""
 
     block_m: int
     split_k: int
     num_warps: int
     num_stages: int
+    form: str = "group"
 
     def __post_init__(self) -> None:
         for name in ("block_m", "split_k", "num_warps", "num_stages"):
@@ -44,6 +53,25 @@ class KernelConfig:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.block_m & (self.block_m - 1):
             raise ValueError(f"block_m must be a power of two, got {self.block_m}")
+        if self.form not in FORMS:
+            raise ValueError(f"form must be one of {FORMS}, got {self.form!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class GemmSpec:
+    """What a configuration depends on besides the machine and M: the weight, and the op."""
+
+    kind: Kind
+    group_size: int
+    shape: tuple[int, int]
+    has_zeros: bool = False
+    scale_kind: str = "float"
+    op: str = "dequant_gemm"
+
+    @property
+    def block_k(self) -> int:
+        """Columns of a tile."""
+        return columns_a_plane(self.kind, self.group_size) * LAYOUTS[self.kind].num_planes
 
 
 def device_arch(device: torch.device) -> str:
@@ -57,41 +85,66 @@ def device_arch(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+def tiles(shape: tuple[int, int], block_k: int) -> tuple[int, int]:
+    """Tiles along N and K."""
+    return -(-shape[0] // BLOCK_N), -(-shape[1] // block_k)
+
+
 def m_bucket(rows: int) -> int:
     """The smallest bucket that holds `rows`; the last one holds everything above."""
     return next((bucket for bucket in M_BUCKETS if rows <= bucket), M_BUCKETS[-1])
 
 
-def table_key(arch: str, group_size: int, shape: tuple[int, int], rows: int) -> str:
+def table_key(arch: str, spec: GemmSpec, rows: int) -> str:
     """Key of `configs.json`; an empty tensor counts as one row."""
-    return f"{arch}/{OP}/4/{group_size}/{shape[0]}x{shape[1]}/{m_bucket(max(rows, 1))}"
+    n, k = spec.shape
+    zero = "a" if spec.has_zeros else ""
+    place = f"{spec.group_size}{zero}/{n}x{k}"
+    return f"{arch}/{spec.op}/{spec.kind}/{place}/{m_bucket(max(rows, 1))}"
 
 
 @cache
-def table() -> dict[str, dict[str, int]]:
+def table() -> dict[str, dict[str, int | str]]:
     """The entries of `configs.json`."""
     text = files("compressor_kernels").joinpath("configs.json").read_text(encoding="utf-8")
-    entries: dict[str, dict[str, int]] = json.loads(text)["configs"]
+    entries: dict[str, dict[str, int | str]] = json.loads(text)["configs"]
     return entries
 
 
-def choose_config(
-    arch: str, shape: tuple[int, int], rows: int, *, group_size: int = 128
-) -> KernelConfig:
-    """Configuration for a weight (N, K) and `rows` rows of x on `arch`."""
-    entry = table().get(table_key(arch, group_size, shape, rows))
-    return KernelConfig(**entry) if entry is not None else heuristic(arch, shape, rows)
+def choose_config(arch: str, spec: GemmSpec, rows: int) -> KernelConfig:
+    """Configuration for a weight and `rows` rows of x on `arch`."""
+    entry = table().get(table_key(arch, spec, rows))
+    return heuristic(arch, spec, rows) if entry is None else KernelConfig(**entry)  # type: ignore[arg-type]
 
 
-def heuristic(arch: str, shape: tuple[int, int], rows: int) -> KernelConfig:
+def heuristic(arch: str, spec: GemmSpec, rows: int) -> KernelConfig:
     """The rule of the module docstring."""
     is_amd = arch.startswith("gfx")
-    smallest = 16 if is_amd else 8
-    block_m = next((size for size in (8, 16, 32, 64) if rows <= size), 64)
-    block_m = max(block_m, smallest)
-    n_tiles, k_tiles = tiles(shape)
+    block_m = next((size for size in (8, 16, 32, 64) if rows <= size), 128)
+    block_m = max(block_m, 16 if is_amd else 8)
+    n_tiles, k_tiles = tiles(spec.shape, spec.block_k)
     blocks = n_tiles * -(-max(rows, 1) // block_m)
     wanted = -(-2 * PROCESSORS.get(arch, 1) // blocks)
-    stages = 2 if is_amd else 3 if block_m == 64 else 4
-    warps = 8 if block_m == 64 and arch.startswith("sm_8") else 4
-    return KernelConfig(block_m, max(1, min(16, k_tiles, wanted)), warps, stages)
+    stages = 2 if is_amd else 3 if block_m >= 64 else 4
+    warps = 8 if block_m == 128 or (block_m == 64 and arch.startswith("sm_8")) else 4
+    split_k = max(1, min(16, k_tiles, wanted))
+    return KernelConfig(block_m, split_k, warps, stages, usual_form(arch, spec, rows))
+
+
+def usual_form(arch: str, spec: GemmSpec, rows: int) -> str:
+    """`group` unless the docstring says otherwise."""
+    if rows >= DENSE_ROWS and arch != "cpu":
+        return "dense"
+    if rows > _most_group_rows(spec):
+        return "element"
+    is_integer = spec.kind.startswith("int")
+    return "raw" if arch.startswith("gfx") and is_integer else "group"
+
+
+def _most_group_rows(spec: GemmSpec) -> int:
+    """Rows up to which a second accumulator for the group fits into the registers."""
+    if spec.group_size == -1 or (spec.kind, spec.group_size) == ("int4", 128):
+        return 64
+    if spec.group_size == 16:
+        return 0
+    return 16 if spec.kind in ("int3", "e2m1") else 32

@@ -1,0 +1,127 @@
+"""Every bit trick of the unpacking is exact for every code: as PTX, as plain operations."""
+
+import re
+
+import pytest
+import torch
+
+from compressor_kernels.layout import pack_words
+from compressor_kernels.reference import float_levels
+from compressor_kernels.words import (
+    LAYOUTS,
+    PARTS,
+    assembly,
+    columns_a_plane,
+    constraints,
+    numbers,
+    plan,
+)
+
+FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+CASES = [(kind, floats) for kind in LAYOUTS for floats in FLOATS]
+
+
+def codes_and_words(kind):
+    """Codes [64, K] with every code on every plane, and their words [W, 64 * PC]."""
+    layout, pc = LAYOUTS[kind], columns_a_plane(kind, 64)
+    columns = layout.num_planes * pc
+    codes = 2 * torch.arange(128)[:, None] + torch.arange(columns)
+    codes %= 1 << layout.bits
+    codes = codes.to(torch.uint8)
+    for plane in range(layout.num_planes):
+        seen = codes[:, plane * pc : (plane + 1) * pc]
+        assert len(seen.unique()) == 1 << layout.bits
+    return codes, pack_words(codes, kind, 64)[0, 0].flatten(1), pc
+
+
+def expected(kind, codes):
+    """The centred value of each code."""
+    if kind.startswith("int"):
+        return codes.double() - (1 << (LAYOUTS[kind].bits - 1))
+    return float_levels(LAYOUTS[kind].bits)[codes.int()].double()
+
+
+def by_planes(kind, floats, values, pc):
+    """Numbers [count, 128 * PC] added up by plane and put where the codes are: [128, K]."""
+    planes = LAYOUTS[kind].num_planes
+    return values.view(planes, -1, 128, pc).sum(1).permute(1, 0, 2).reshape(128, -1)
+
+
+def run_ptx(kind, floats, words):
+    """What the assembly leaves in its outputs: float64 [count, R], two words a register."""
+    dtype, count = FLOATS[floats], len(numbers(kind, floats))
+    pairs = (words.int() & 0xFFFF).long().view(words.shape[0], -1, 2)
+    known = {f"${count + i}": p[:, 0] | (p[:, 1] << 16) for i, p in enumerate(pairs)}
+    for line in assembly(kind, floats).strip("{} ").split(";")[1:]:
+        if line.strip():
+            op, target, *operands = re.split(r"[ ,]+", line.strip())
+            values = [known[o] if o in known else torch.tensor(int(o, 0)) for o in operands]
+            known[target] = ptx_step(op, values, dtype)
+    made = torch.stack([known[f"${i}"] for i in range(count)])
+    return halves(made, dtype).flatten(1)
+
+
+def halves(registers, dtype):
+    both = torch.stack([registers & 0xFFFF, registers >> 16], dim=-1)
+    return both.to(torch.int32).to(torch.int16).view(dtype).double()
+
+
+def ptx_step(op, values, dtype):
+    if op == "mov.b32":
+        return values[0]
+    if op == "and.b32":
+        return values[0] & values[1]
+    if op == "lop3.b32":
+        assert int(values[3]) == 0xEA
+        return (values[0] & values[1]) | values[2]
+    if op.startswith("sh"):
+        moved = values[0] >> values[1] if op == "shr.u32" else values[0] << values[1]
+        return moved & 0xFFFFFFFF
+    assert op == {torch.bfloat16: "fma.rn.bf16x2", torch.float16: "fma.rn.f16x2"}[dtype]
+    a, b, c = (halves(v, dtype) for v in torch.broadcast_tensors(*values))
+    exact = a * b + c
+    rounded = exact.to(dtype)
+    assert torch.equal(rounded.double(), exact)
+    bits = rounded.view(torch.int16).long() & 0xFFFF
+    return bits[..., 0] | (bits[..., 1] << 16)
+
+
+@pytest.mark.parametrize(("kind", "floats"), CASES)
+def test_the_assembly_makes_the_exact_value_of_every_code_on_every_plane(kind, floats):
+    codes, words, pc = codes_and_words(kind)
+    values = by_planes(kind, floats, run_ptx(kind, floats, words), pc)
+    nan = torch.isnan(expected(kind, codes))  # e4m3 has one; the loader refuses it
+    assert torch.equal(values[~nan], expected(kind, codes)[~nan])
+
+
+@pytest.mark.parametrize(("kind", "floats"), CASES)
+def test_the_plain_plan_makes_the_same_values(kind, floats):
+    codes, words, pc = codes_and_words(kind)
+    flat = torch.tensor(plan(kind, floats), dtype=torch.float64).view(-1, 3 * PARTS + 3)
+    values = []
+    for row in flat:
+        bits = torch.full_like(words[0], int(row[-3]), dtype=torch.int32)
+        for word, shift, mask in row[:-3].int().view(-1, 3).tolist():
+            source = words[word].int()
+            bits |= (source >> shift if shift >= 0 else source << -shift) & mask
+        number = bits.to(torch.int16).view(FLOATS[floats]).double()
+        values.append(number * row[-2] + row[-1])
+    values = by_planes(kind, floats, torch.stack(values), pc)
+    nan = torch.isnan(expected(kind, codes))
+    assert torch.equal(values[~nan], expected(kind, codes)[~nan])
+
+
+@pytest.mark.parametrize(("kind", "floats"), CASES)
+def test_inputs_are_read_before_any_output_is_written(kind, floats):
+    made, words = len(numbers(kind, floats)), LAYOUTS[kind].words
+    lines = assembly(kind, floats).split(";")
+    inputs = [i for i, line in enumerate(lines) for n in range(words) if f"${made + n}" in line]
+    outputs = [i for i, line in enumerate(lines) if re.search(r"(lop3|and).b32 \$", line)]
+    assert max(inputs) < min(outputs)
+    assert constraints(kind, floats).count("=r") == made
+
+
+def test_three_bits_take_three_bits():
+    layout = LAYOUTS["int3"]
+    used = [(p.word, p.bit + i) for pieces in layout.planes for p in pieces for i in range(p.width)]
+    assert sorted(used) == [(word, bit) for word in range(3) for bit in range(16)]
