@@ -27,9 +27,12 @@ MASK_METHODS: dict[str, Stage] = {
     "Wanda": {"method": "wanda", **PUBLISHED},
     "SparseGPT": {"method": "sparsegpt", **PUBLISHED},
     "Wanda, repaired": {"method": "wanda"},
+    "RIA, repaired": {"method": "ria"},
     "repaired": {"method": "sparsegpt"},
 }
 PEERS = {"llm-compressor Wanda": "llmc-wanda", "llm-compressor SparseGPT": "llmc-sparsegpt"}
+COMPARED = ("repaired", "llm-compressor SparseGPT")
+HALF = "50 % depth"
 DISTILLED = "distilled"
 SCRATCH, SCRATCH_DISTILLED = "from scratch, next-token loss", "from scratch, distilled"
 TRAINED = (DISTILLED, SCRATCH, SCRATCH_DISTILLED)
@@ -68,18 +71,17 @@ class Training:
 
 
 def cells(shapes: list[str], seeds: int) -> list[Cell]:
-    """All cells: the quick ones first, then those that train, the half-depth student first."""
+    """All cells, what the goals need first; several seeds only for the pair that is compared."""
     quick: list[Cell] = []
     for shape in shapes:
-        methods = [*MASK_METHODS, *PEERS] if shape in MASKS else ["pruned", "repaired"]
-        for method in methods:
-            count = 1 if method == "magnitude" else seeds
+        for method in [*MASK_METHODS, *PEERS] if shape in MASKS else ["pruned", "repaired"]:
+            count = seeds if shape in MASKS and method in COMPARED else 1
             quick += [Cell(shape, method, seed) for seed in range(count)]
-    order = sorted(shapes, key=lambda s: s != "50 % depth")
-    trained = [Cell(shape, DISTILLED) for shape in order]
-    trained += [Cell(shape, SCRATCH) for shape in order if shape not in MASKS]
-    trained += [Cell(shape, SCRATCH_DISTILLED) for shape in order if shape == "50 % depth"]
-    return quick + trained
+    trained = [Cell(shape, DISTILLED) for shape in shapes]
+    trained += [Cell(shape, SCRATCH) for shape in shapes if shape not in MASKS]
+    trained += [Cell(shape, SCRATCH_DISTILLED) for shape in shapes if shape == HALF]
+    found = sorted(quick + trained, key=lambda c: (c.seed, c.method not in COMPARED))
+    return sorted(found, key=lambda c: c.shape != HALF and c.method not in COMPARED)
 
 
 def prune_stage(cell: Cell, config: dict[str, Any]) -> Stage:

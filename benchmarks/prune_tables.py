@@ -10,11 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.prune_cases import DISTILLED, MASKS, SCRATCH, SHAPES
+from benchmarks.prune_cases import COMPARED, DISTILLED, HALF, MASKS, SCRATCH, SHAPES
 
 Rows = list[dict[str, Any]]
-PEER = "llm-compressor SparseGPT"
-HALF = "50 % depth"
 RESAMPLES = 2000
 INTRODUCTION = """# Pruning, repair, distillation
 
@@ -88,7 +86,7 @@ def _of(rows: Rows, shape: str, method: str) -> Rows:
 
 def _against_peer(rows: Rows, shape: str) -> str:
     """Less damage than llm-compressor's SparseGPT, seed by seed, documents resampled in pairs."""
-    ours, theirs = _of(rows, shape, "repaired"), _of(rows, shape, PEER)
+    ours, theirs = (_of(rows, shape, method) for method in COMPARED)
     if not ours or len(ours) != len(theirs):
         return ""
     pairs = [np.array([r["documents"] for r in group]).mean(0) for group in (ours, theirs)]
@@ -98,8 +96,8 @@ def _against_peer(rows: Rows, shape: str) -> str:
     less = 1 - _mean(ours, "damage") / _mean(theirs, "damage")
     verdict = "reached" if less >= 0.4 else "missed"
     return (
-        f"{shape}: {100 * less:.0f} % less damage than {PEER} [{100 * low:.0f}, {100 * high:.0f}] "
-        f"(goal 40 %: {verdict}; {len(ours)} seeds)"
+        f"{shape}: {100 * less:.0f} % less damage than {COMPARED[1]} "
+        f"[{100 * low:.0f}, {100 * high:.0f}] (goal 40 %: {verdict}; {len(ours)} seeds)"
     )
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from compressor.data import TokenRows
 from compressor.errors import Interrupted
 from compressor.modeling.checkpoint import open_checkpoint
+from compressor.modeling.families import disk_name
 from compressor.modeling.linears import StoredLinear, packed_from_tensors
 from compressor.modeling.state import ModelState
 from compressor.modeling.whole import WholeModel
@@ -122,7 +123,8 @@ def export(state: ModelState, path: Path) -> Path:
     for position in range(len(state.blocks)):
         prefix = f"{skeleton.blocks_name}.{position}."
         block = state.read_block(position, skeleton).tensors
-        tensors |= {prefix + name: t.contiguous() for name, t in block.items()}
+        names = {name: prefix + disk_name(skeleton.model_type, name) for name in block}
+        tensors |= {names[name]: t.contiguous() for name, t in block.items()}
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     (path / "config.json").write_text(json.dumps(state.config))
     return path

@@ -10,17 +10,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from compressor.algorithms.masks import ria
 from compressor.errors import CompressError, Interrupted, RecipeError, UnsupportedError
 from compressor.modeling.state import ModelState
-from compressor.recipe.models import Width
-from tests.fixtures_models import build
+from compressor.recipe import Width
+from compressor.stages.prune_allocation import levels
+from tests.fixtures_models import ARCHITECTURES, build
 from tests.fixtures_stages import Bench, export, groups_hold, logits, token_rows, units, weights
 
 Models = Callable[[str], Path]
 TOKENS = token_rows(2, 24).tokens
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "ria", "sparsegpt"])
 def test_every_method_removes_exactly_the_fraction_asked(
     tiny_models: Models, tmp_path: Path, method: str
 ) -> None:
@@ -245,3 +247,113 @@ def test_width_names_the_architecture_it_does_not_cover(
     bench = Bench(tiny_models(name), tmp_path / "run")
     with pytest.raises(UnsupportedError, match=name):
         bench.apply(bench.original, "prune", width=Width(mlp=0.5))
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
+def test_a_model_with_fewer_experts_loads_in_transformers_with_the_same_logits(
+    tiny_models: Models, tmp_path: Path, name: str
+) -> None:
+    bench = Bench(tiny_models(name), tmp_path / "run")
+    state = bench.apply(bench.original, "prune", width=Width(experts=0.75)).state
+    model = AutoModelForCausalLM.from_pretrained(export(state, tmp_path / "out")).eval()
+    assert getattr(model.config, "num_local_experts", model.config.num_experts) == 3
+    with torch.no_grad():
+        torch.testing.assert_close(model(TOKENS).logits, logits(state, TOKENS))
+
+
+def test_the_expert_that_adds_nothing_is_the_one_that_goes(
+    tiny_models: Models, tmp_path: Path
+) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(tiny_models("qwen3_moe"))
+    for layer in loaded.model.layers:
+        layer.mlp.experts.down_proj.data[2] = 0
+    loaded.save_pretrained(tmp_path / "model")
+    bench = Bench(tmp_path / "model", tmp_path / "run")
+    report = bench.apply(bench.original, "prune", width=Width(experts=3))
+    kept = [fact["kept"] for fact in report.facts["experts"].values()]
+    assert kept == [[0, 1, 3], [0, 1, 3]]
+
+
+@pytest.mark.parametrize(("name", "count"), [("qwen3_moe", 1), ("qwen3_moe", 4), ("llama", 2)])
+def test_experts_that_cannot_be_spared_are_refused(
+    tiny_models: Models, tmp_path: Path, name: str, count: int
+) -> None:
+    bench = Bench(tiny_models(name), tmp_path / "run")
+    with pytest.raises(CompressError, match="experts"):
+        bench.apply(bench.original, "prune", width=Width(experts=count))
+
+
+def test_blocks_in_a_row_go_together_if_asked(tmp_path: Path) -> None:
+    model = build("llama", tmp_path / "deep", num_hidden_layers=5)
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    for index in (0, 2, 3):  # 0 is idle too, but has no idle neighbour
+        loaded.model.layers[index].self_attn.o_proj.weight.data.zero_()
+        loaded.model.layers[index].mlp.down_proj.weight.data.zero_()
+    loaded.save_pretrained(tmp_path / "model")
+    bench = Bench(tmp_path / "model", tmp_path / "run")
+    report = bench.apply(bench.original, "prune", depth=3, ranking="contiguous")
+    assert report.facts["removed"] == [2, 3]
+    assert report.facts["rounds"][0]["kl"] < 1e-6
+
+
+def test_the_last_linear_of_a_block_makes_up_for_the_next_one(tmp_path: Path) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(build("llama", tmp_path / "deep"))
+    first, second = loaded.model.layers
+    second.load_state_dict(first.state_dict())
+    second.self_attn.o_proj.weight.data.zero_()
+    second.mlp.down_proj.weight.data *= 0.1  # a small step that the first block can take, too
+    loaded.save_pretrained(tmp_path / "model")
+    bench = Bench(tmp_path / "model", tmp_path / "run")
+    bench.tokens = token_rows(32, 32)
+    mended = bench.apply(bench.original, "prune", depth=[0]).facts["linears"]
+    (fact,) = mended.values()
+    assert fact["left"] < fact["missing"]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_mended_shallower_model_is_no_worse_and_loads_in_transformers(
+    tiny_models: Models, tmp_path: Path, name: str
+) -> None:
+    bench = Bench(tiny_models(name), tmp_path / "run")
+    bench.tokens = token_rows(24, 32)
+    plain = bench.apply(bench.original, "prune", depth=[0], reconstruct=False)
+    mended = bench.apply(bench.original, "prune", depth=[0])
+    assert mended.facts["held_out_kl"] <= 1.05 * plain.facts["held_out_kl"]
+    model = AutoModelForCausalLM.from_pretrained(export(mended.state, tmp_path / "out")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(TOKENS).logits, logits(mended.state, TOKENS))
+
+
+def test_ria_weighs_shares_of_rows_and_columns() -> None:
+    w = torch.tensor([[1.0, 2.0], [3.0, 2.0]])
+    expected = [[1 / 4 + 1 / 3, 2 / 4 + 2 / 3], [3 / 4 + 3 / 5, 2 / 4 + 2 / 5]]
+    torch.testing.assert_close(
+        ria(w, torch.tensor([16.0, 1.0])), torch.tensor(expected) * torch.tensor([2.0, 1.0])
+    )
+
+
+def test_zeros_move_to_where_they_harm_less(tiny_models: Models, tmp_path: Path) -> None:
+    bench = Bench(silenced(tiny_models("llama"), tmp_path / "model"), tmp_path / "run")
+    keys = {"method": "wanda", "sparsity": 0.5}
+    report = bench.apply(bench.original, "prune", allocation="measured", **keys)
+    shares, kl = report.facts["shares"], report.facts["held_out_kl_of"]
+    idle = [s for name, s in shares.items() if "down_proj" in name]
+    assert min(idle) > 0.5  # half of their columns are zero already
+    assert report.facts["allocation"] == "measured"
+    assert report.facts["held_out_kl"] == kl["measured"] < kl["uniform"]
+
+
+def test_shared_out_zeros_are_counted_exactly_and_no_fewer_than_asked(
+    tiny_models: Models, tmp_path: Path
+) -> None:
+    bench = Bench(tiny_models("llama"), tmp_path / "run")
+    report = bench.apply(bench.original, "prune", sparsity=0.5, allocation="measured")
+    found = weights(report.state)
+    zeros = sum(int((w == 0).sum()) for w in found.values())
+    assert zeros == report.facts["num_zeros"]
+    assert report.facts["sparsity"] >= 0.499
+
+
+def test_levels_lie_around_the_sparsity_and_below_one() -> None:
+    assert levels(0.5) == [0.3, 0.4, 0.5, 0.6, 0.7]
+    assert max(levels(0.9)) < 1

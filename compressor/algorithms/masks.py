@@ -2,6 +2,8 @@
 
     magnitude   |w_ij|
     Wanda       |w_ij| sqrt(H_jj)        (Sun et al. 2023, arXiv 2306.11695)
+    RIA         (|w_ij| / sum_i |w_ij| + |w_ij| / sum_j |w_ij|) H_jj^(1/4)
+                                         (Zhang et al. 2024, "Plug-and-Play", ICLR)
     SparseGPT   w_ij^2 / U_jj^2          (Frantar & Alistarh 2023, arXiv 2301.00774)
 
 with H = E[x x^T] and H^-1 = U^T U. ``sparsegpt_mask`` walks through the columns like GPTQ does,
@@ -37,9 +39,11 @@ def wanda(w: Tensor, diag_h: Tensor) -> Tensor:
     return magnitude(w) * diag_h.float().clamp(min=0).sqrt()
 
 
-def sparsegpt_scores(w: Tensor, upper: Tensor) -> Tensor:
-    """w_ij^2 / U_jj^2, [O, I]: the error of removing w_ij after later columns repaired it."""
-    return (w.float() / upper.diagonal().float()).square()
+def ria(w: Tensor, diag_h: Tensor) -> Tensor:
+    """A weight's share of its row and of its column, times H_jj^(1/4); [O, I]."""
+    size = magnitude(w)
+    share = sum(size / size.sum(axis, keepdim=True).clamp(min=1e-30) for axis in (0, 1))
+    return share * diag_h.float().clamp(min=0).sqrt().sqrt()
 
 
 def parse_pattern(pattern: str) -> tuple[int, int]:

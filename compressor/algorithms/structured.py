@@ -3,9 +3,12 @@
     MLP channel i     sqrt(E[a_i^2]) ||W_down[:, i]||        what it adds to the residual stream
     KV group g        sqrt(sum of E[o_i^2] ||W_o[:, i]||^2 over the inputs i of the group)
     block             1 - cos(x_in, x_out), averaged over tokens       (block influence)
+    expert            g ||f(x)||, averaged over the tokens x that the router sends to it with
+                      weight g                                         (REAP)
 
 Forward statistics only, in the manner of Minitron (Muralidharan et al. 2024, arXiv 2407.14679) and
-ShortGPT (Men et al. 2024, arXiv 2403.03853).
+ShortGPT (Men et al. 2024, arXiv 2403.03853); experts as in REAP (Lasby et al. 2025, arXiv
+2510.13999).
 
 After channels P are removed and K kept, the next linear layer is re-solved. Its lost output is
 predicted from the kept inputs by least squares,

@@ -7,17 +7,18 @@ set are refused. Defaults live here and nowhere else.
 # ruff: noqa: RUF012 (pydantic copies mutable defaults)
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from compressor.recipe.base import Part
 from compressor.recipe.data import DataConfig, EvaluationData
 from compressor.recipe.distillation import DistillConfig
 from compressor.recipe.gate import Gate
+from compressor.recipe.pruning import PruneConfig
 from compressor.recipe.quantization import QuantizeConfig
 from compressor.recipe.transforms import TransformConfig
-from compressor.recipe.types import KeptFraction, PositiveInt, Size, Text
+from compressor.recipe.types import PositiveInt, Size, Text
 
 SCHEMA_VERSION = 1
 
@@ -31,46 +32,11 @@ class ModelConfig(Part):
     allow_missing: list[str] = []
 
 
-class Width(Part):
-    """How much of each layer's width stays: a fraction, or a count."""
-
-    mlp: KeptFraction | PositiveInt | None = None
-    kv_groups: KeptFraction | PositiveInt | None = None
-
-    @model_validator(mode="after")
-    def _something(self) -> Self:
-        if self.mlp is None and self.kv_groups is None:
-            raise ValueError("give mlp, kv_groups or both")
-        return self
-
-
 class CalibrateConfig(Part):
     """Fix the token rows on which later stages collect their statistics."""
 
     kind: Literal["calibrate"]
     data: DataConfig = Field(default_factory=DataConfig)
-
-
-class PruneConfig(Part):
-    """Take weights (sparsity, n:m pattern), channels (width) or blocks (depth) away."""
-
-    kind: Literal["prune"]
-    method: Literal["magnitude", "wanda", "sparsegpt"] = "sparsegpt"
-    sparsity: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
-    pattern: Literal["2:4", "4:8"] | None = None
-    reconstruct: bool = True
-    width: Width | None = None
-    depth: KeptFraction | PositiveInt | Annotated[list[int], Field(min_length=1)] | None = Field(
-        default=None, description="kept blocks: a fraction, a count, or their indices"
-    )
-    ignore: list[Text] = ["lm_head"]
-
-    @model_validator(mode="after")
-    def _exactly_one_way(self) -> Self:
-        ways = [self.sparsity, self.pattern, self.width, self.depth]
-        if sum(way is not None for way in ways) != 1:
-            raise ValueError("give exactly one of sparsity, pattern, width and depth")
-        return self
 
 
 class PackConfig(Part):

@@ -60,6 +60,8 @@ def needs_calibration(stage: Part) -> str:
             return "channels and blocks are ranked by activations"
         if stage.method != "magnitude":
             return f"{stage.method} weighs by activations"
+        if stage.allocation == "measured":
+            return "allocation: measured measures damage"
         return "reconstruct: true solves against activations" if stage.reconstruct else ""
     return ""
 

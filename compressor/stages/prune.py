@@ -4,8 +4,8 @@ Masks, block by block on the compressed stream, with H and W* of `statistics.py`
 
     M = mask of the method on W*,    W' = argmin tr((W' - W*) H (W' - W*)^T)  with W' = W' o M
 
-The method proposes (magnitude, Wanda or SparseGPT), least squares on the kept weights mends: it
-matters more than the choice of the method. `reconstruct: false` gives the methods as published.
+The method proposes (magnitude, Wanda, RIA or SparseGPT), least squares on the kept weights mends:
+it matters more than the choice of the method. `reconstruct: false` gives the methods as published.
 
 A linear that is quantized already is pruned from its dense weights and rounded again into its own
 format by GPTQ under the mask, so a pruned weight is stored as the zero point. If nothing but
@@ -21,16 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.algorithms.gptq import hessian_error
 from compressor.algorithms.masks import (
     magnitude,
-    n_of_m_mask,
     parse_pattern,
-    sparsegpt_mask,
-    unstructured_mask,
-    wanda,
 )
-from compressor.algorithms.reconstruct import reconstruct
 from compressor.errors import RecipeError
 from compressor.modeling.block import Block, block_tensors, load_block
 from compressor.modeling.linears import StoredLinear
@@ -38,11 +32,14 @@ from compressor.modeling.state import BlockTensors, ModelState
 from compressor.recipe import PruneConfig, match_names
 from compressor.stages.blockwise import Rewritten, Sweep, change_blocks
 from compressor.stages.context import StageContext, StageReport
+from compressor.stages.prune_allocation import measured_shares
 from compressor.stages.prune_depth import prune_depth
+from compressor.stages.prune_linear import counts, mask_of, prune_linear
 from compressor.stages.prune_width import prune_width
 from compressor.stages.selection import Target, block_linears
-from compressor.stages.solve import Rounding, round_stack
-from compressor.stages.statistics import BlockStatistics, Collection, GroupStatistics
+from compressor.stages.statistics import BlockStatistics, Collection
+
+Plan = dict[str, PruneConfig]  # what is asked of each linear, by block-relative name
 
 
 def apply(config: PruneConfig, context: StageContext) -> StageReport:
@@ -70,18 +67,20 @@ def apply(config: PruneConfig, context: StageContext) -> StageReport:
 
 
 def _is_data_free(config: PruneConfig) -> bool:
-    return config.width is None and config.depth is None and not config.reconstruct
+    shaped = config.width is not None or config.depth is not None
+    return not shaped and not config.reconstruct and config.allocation == "uniform"
 
 
 def _prune_masks(config: PruneConfig, context: StageContext) -> StageReport:
     targets = _targets(config, context.state)
-    by_block: list[list[str]] = [[] for _ in context.state.blocks]
-    for target in targets:
-        by_block[target.position].append(target.linear)
+    uniform = _plan(targets, dict.fromkeys((t.name for t in targets), config), context)
+    shared: dict[str, Any] = {}
     if context.tokens is None:
-        done = _without_data(config, context, by_block)
+        done = _without_data(context, uniform)
     else:
-        done = _with_data(config, context, by_block)
+        done = _with_data(config, context, uniform)
+        if config.allocation == "measured":
+            done, shared = _shared_out(config, context, targets, done)
     zeros = sum(f["num_zeros"] for f in done.linears.values())
     weights = sum(f["num_weights"] for f in done.linears.values())
     facts = {
@@ -92,7 +91,31 @@ def _prune_masks(config: PruneConfig, context: StageContext) -> StageReport:
         "sparsity": zeros / weights,
         "target": "the original weights" if _from_original(context) else "the weights before",
     }
-    return StageReport(done.state, facts)
+    return StageReport(done.state, facts | shared)
+
+
+def _plan(
+    targets: list[Target], configs: dict[str, PruneConfig], context: StageContext
+) -> list[Plan]:
+    """For each block what is asked of its linears, from the same by full name."""
+    plan: list[Plan] = [{} for _ in context.state.blocks]
+    for target in targets:
+        plan[target.position][target.linear] = configs[target.name]
+    return plan
+
+
+def _shared_out(
+    config: PruneConfig, context: StageContext, targets: list[Target], uniform: Rewritten
+) -> tuple[Rewritten, dict[str, Any]]:
+    """The model with the zeros where they harm less, if it is better on held-out rows."""
+    shares = measured_shares(config, context, targets)
+    configs = {n: config.model_copy(update={"sparsity": s}) for n, s in shares.items()}
+    done = _with_data(config, context, _plan(targets, configs, context), tag="measured-")
+    kl = {"uniform": uniform.held_out_kl, "measured": done.held_out_kl}
+    kept = "measured" if (done.held_out_kl or 0.0) < (uniform.held_out_kl or 0.0) else "uniform"
+    notes = [] if kept == "measured" else ["the uniform sparsity was better on held-out rows"]
+    facts = {"shares": shares, "held_out_kl_of": kl, "allocation": kept, "notes": notes}
+    return (done if kept == "measured" else uniform), facts
 
 
 def _targets(config: PruneConfig, state: ModelState) -> list[Target]:
@@ -129,17 +152,17 @@ def _from_original(context: StageContext) -> bool:
     return quantized and set(context.state.trail) <= {"calibrate", "quantize"}
 
 
-def _without_data(
-    config: PruneConfig, context: StageContext, by_block: list[list[str]]
-) -> Rewritten:
+def _without_data(context: StageContext, plan: list[Plan]) -> Rewritten:
     return change_blocks(
-        context,
-        lambda position, block: _prune_block_by_magnitude(config, block, by_block[position]),
+        context, lambda position, block: _prune_block_by_magnitude(block, plan[position])
     )
 
 
-def _with_data(config: PruneConfig, context: StageContext, by_block: list[list[str]]) -> Rewritten:
-    sweep = Sweep(context, reference=context.original if _from_original(context) else None)
+def _with_data(
+    config: PruneConfig, context: StageContext, plan: list[Plan], *, tag: str = ""
+) -> Rewritten:
+    reference = context.original if _from_original(context) else None
+    sweep = Sweep(context, reference=reference, tag=tag)
     collection = Collection(asymmetric=config.reconstruct, sequential=True)
     statistics = BlockStatistics(sweep.walk, sweep.streams, sweep.rows, collection)
 
@@ -147,14 +170,14 @@ def _with_data(config: PruneConfig, context: StageContext, by_block: list[list[s
         position: int, original: Block, source: BlockTensors
     ) -> tuple[BlockTensors, dict[str, Any]]:
         block = load_block(sweep.walk.skeleton, position, source)
-        names = by_block[position]
+        asked = plan[position]
         if config.method == "magnitude" and not config.reconstruct:
-            return _finished(block, source, _prune_block_by_magnitude(config, block, names))
+            return _finished(block, source, _prune_block_by_magnitude(block, asked))
         facts: dict[str, Any] = {}
-        for group, found in statistics.groups(position, original, block, names):
+        for group, found in statistics.groups(position, original, block, asked):
             for name in group:
                 weight = original.linears[name].dense()
-                facts[name] = _prune_linear(config, block.linears[name], weight, found)
+                facts[name] = prune_linear(asked[name], block.linears[name], weight, found)
         block.masked |= facts.keys()
         return _finished(block, source, facts)
 
@@ -167,20 +190,18 @@ def _finished(
     return block_tensors(block, source), facts
 
 
-def _prune_block_by_magnitude(
-    config: PruneConfig, block: Block, names: list[str]
-) -> dict[str, Any]:
+def _prune_block_by_magnitude(block: Block, plan: Plan) -> dict[str, Any]:
     facts: dict[str, Any] = {}
-    for name in names:
+    for name, config in plan.items():
         linear = block.linears[name]
         weight = linear.dense()
-        mask = _mask(config, magnitude(weight))
+        mask = mask_of(config, magnitude(weight))
         if linear.format is None:
             linear.set_dense(weight * mask)
         else:
             _force_zero_codes(linear, mask)
-        facts[name] = _counts(config, linear)
-    block.masked |= set(names)
+        facts[name] = counts(config, linear)
+    block.masked |= plan.keys()
     return facts
 
 
@@ -192,59 +213,3 @@ def _force_zero_codes(linear: StoredLinear, mask: Tensor) -> None:
     width = codes.shape[1] if fmt.group_size == -1 else fmt.group_size
     spread = zero.repeat_interleave(width, 1)[:, : codes.shape[1]]
     linear.set_codes(torch.where(mask, codes, spread.to(codes.dtype)), scale, zero, fmt)
-
-
-def _prune_linear(
-    config: PruneConfig, linear: StoredLinear, weight: Tensor, found: GroupStatistics
-) -> dict[str, Any]:
-    target, strength = found.target(weight)
-    mask, first = _proposed(config, target, found.hessian)
-    solved = first
-    if config.reconstruct:
-        solved = reconstruct(target, found.hessian, mask, start=first)
-    rounding: dict[str, Any] = {}
-    if linear.format is None:
-        linear.set_dense(solved)
-    else:
-        job = Rounding(solved, found.hessian, linear.format, mask)
-        rounding = round_stack([linear], job)
-    total = hessian_error(target, found.hessian)
-    cut = hessian_error(target * mask - target, found.hessian)
-    error = hessian_error(linear.dense() - target, found.hessian)
-    return {
-        **rounding,
-        **_counts(config, linear),
-        "error_before_repair": cut,
-        "error": error,
-        "relative_error": error / total if total else 0.0,
-        "strength": strength,
-        "num_tokens": found.num_tokens,
-    }
-
-
-def _proposed(config: PruneConfig, target: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """The method's mask [O, I] and its weights [O, I], zero where the mask is False."""
-    if config.method == "sparsegpt":
-        return sparsegpt_mask(target, hessian, sparsity=config.sparsity, pattern=config.pattern)
-    scores = magnitude(target)
-    if config.method == "wanda":
-        scores = wanda(target, hessian.diagonal())
-    mask = _mask(config, scores)
-    return mask, target * mask
-
-
-def _mask(config: PruneConfig, scores: Tensor) -> Tensor:
-    if config.pattern is not None:
-        n, m = parse_pattern(config.pattern)
-        return n_of_m_mask(scores, n=n, m=m)
-    assert config.sparsity is not None, "the recipe has exactly one of the two"
-    return unstructured_mask(scores, sparsity=config.sparsity)
-
-
-def _counts(config: PruneConfig, linear: StoredLinear) -> dict[str, Any]:
-    """Zeros as stored: counted after the cast to the stored dtype or the grid."""
-    dense = linear.dense()
-    zeros = int((dense == 0).sum())
-    asked = config.pattern or config.sparsity
-    counts = {"num_zeros": zeros, "num_weights": dense.numel()}
-    return {"pruned_by": config.method, "asked": asked, **counts}

@@ -4,8 +4,12 @@ Greedy by measurement: remove the block without which KL(original || rest) on ca
 least, measure all again, and so on. One round runs every shortened model at once: at block p all
 variants that lack an earlier block, and the one that skips p, pass through the same loaded block.
 
-    cost of a round ~ L^2 / 2 block passes;  above COST_LIMIT the ranking falls back to
-    block influence 1 - cos(x_in, x_out)  (ShortGPT, Men et al. 2024), one pass for all rounds.
+    kl          a round costs ~ L^2 / 2 block passes
+    contiguous  one round for all runs of neighbouring blocks: KL without each of them
+    influence   1 - cos(x_in, x_out) of each block (ShortGPT, Men et al. 2024), one pass
+    auto        kl; influence where kl would cost more than COST_LIMIT
+
+What is left is mended by least squares (`depth_repair.py`) unless the recipe says otherwise.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from compressor.modeling.state import ModelState
 from compressor.modeling.walk import Walk
 from compressor.recipe import PruneConfig
 from compressor.stages.context import StageContext, StageReport
+from compressor.stages.depth_repair import repair_depth
 from compressor.stages.statistics import calibration_rows
 
 COST_LIMIT = 6e12  # FLOP; about two minutes on two CPU cores
@@ -49,12 +54,14 @@ def prune_depth(config: PruneConfig, context: StageContext) -> StageReport:
         kept = _listed(config, config.depth, total)
         method = "listed in the recipe"
     else:
-        count = _count(config, total)
-        method, rounds = _ranked(context, total - count)
+        method, rounds = ranked(context, total - _count(config, total), config.ranking)
         gone = {entry["removed"] for entry in rounds}
         kept = [i for i in range(total) if i not in gone]
-    after = keep_layers(state, kept)
+    after, mended = keep_layers(state, kept), {}
+    if config.reconstruct:
+        after, mended = repair_depth(context, after, kept)
     facts = {
+        "linears": mended,
         "kept": kept,
         "removed": [i for i in range(total) if i not in kept],
         "ranking": method,
@@ -126,13 +133,25 @@ def config_with_layers(config: dict[str, Any], kept: list[int]) -> dict[str, Any
     return new
 
 
-def _ranked(context: StageContext, num_removed: int) -> tuple[str, list[dict[str, Any]]]:
-    """Rounds {"removed": index, "kl" or "influence": score}, journaled one by one."""
+def ranked(
+    context: StageContext, num_removed: int, ranking: str = "auto"
+) -> tuple[str, list[dict[str, Any]]]:
+    """How, and which blocks go: {"removed": index, "kl" or "influence": score}, in this order."""
     assert context.tokens is not None, "checked by the caller"
     walk = Walk(context.state, context.tokens, context.walk_options())
     rows = slice(0, min(RANKING_ROWS, calibration_rows(walk).stop))
-    if _cost(walk, rows, num_removed) > COST_LIMIT:
+    if ranking == "contiguous":
+        return "measured KL, contiguous", _contiguous(context, walk, rows, num_removed)
+    too_slow = _cost(walk, rows, num_removed) > COST_LIMIT
+    if ranking == "influence" or (ranking == "auto" and too_slow):
         return "block influence", _by_influence(context, walk, rows, num_removed)
+    return "measured KL, greedy", _greedy(context, walk, rows, num_removed)
+
+
+def _greedy(
+    context: StageContext, walk: Walk, rows: slice, num_removed: int
+) -> list[dict[str, Any]]:
+    """One block after the other, each round journaled."""
     rounds: list[dict[str, Any]] = []
     left = list(range(walk.num_blocks))
     reference: Tensor | None = None
@@ -148,7 +167,21 @@ def _ranked(context: StageContext, num_removed: int) -> tuple[str, list[dict[str
         left.remove(rounds[-1]["removed"])
         event = {"unit": unit, "index": number + 1, "total": num_removed}
         context.run.progress(event | {"loss": rounds[-1]["kl"]})
-    return "measured KL, greedy", rounds
+    return rounds
+
+
+def _contiguous(
+    context: StageContext, walk: Walk, rows: slice, num_removed: int
+) -> list[dict[str, Any]]:
+    """The run of neighbouring blocks without which KL is least."""
+    if not context.run.is_done("runs"):
+        everything = list(range(walk.num_blocks))
+        reference = _run(walk, everything, rows)
+        scores = _scores(walk, everything, rows, reference, span=num_removed)
+        context.run.commit_meta("runs", {"scores": list(scores.values())})
+    found: list[float] = context.run.meta("runs")["scores"]
+    start = min(range(len(found)), key=lambda i: (found[i], -i))
+    return [{"removed": start + i, "kl": found[start]} for i in range(num_removed)]
 
 
 def _cost(walk: Walk, rows: slice, num_removed: int) -> float:
@@ -159,18 +192,27 @@ def _cost(walk: Walk, rows: slice, num_removed: int) -> float:
 
 
 @torch.no_grad()
-def _scores(walk: Walk, left: list[int], rows: slice, reference: Tensor) -> dict[int, float]:
-    """KL without each block of `left`: all shortened models advance through each loaded block."""
+def _scores(
+    walk: Walk, left: list[int], rows: slice, reference: Tensor, *, span: int = 1
+) -> dict[int, float]:
+    """KL without each run of `span` of the blocks `left`, by the first block of the run.
+
+    All shortened models advance through each loaded block.
+    """
     stream = walk.open_stream("depth")
     hidden = stream.read(rows)
     stream.close()
     variants: dict[int, Tensor] = {}
-    for position in left:
+    for place, position in enumerate(left):
         block = walk.load(position)
-        variants = {i: _through(walk, block, position, v) for i, v in variants.items()}
-        variants[position] = hidden
+        variants = {
+            start: _through(walk, block, position, v) if start + span <= place else v
+            for start, v in variants.items()
+        }
+        if place + span <= len(left):
+            variants[place] = hidden
         hidden = _through(walk, block, position, hidden)
-    return {i: _divergence(walk, rows, reference, v) for i, v in variants.items()}
+    return {left[i]: _divergence(walk, rows, reference, v) for i, v in variants.items()}
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ outputs of the original stream. The tensors get physically smaller and the confi
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +35,8 @@ from compressor.modeling.state import BlockTensors
 from compressor.recipe import PruneConfig
 from compressor.stages.blockwise import Sweep
 from compressor.stages.context import StageContext, StageReport
+from compressor.stages.kept import kept_count
+from compressor.stages.prune_experts import prune_experts
 from compressor.stages.solve import Rounding, round_stack
 from compressor.stages.statistics import BlockStatistics, Collection, GroupStatistics
 
@@ -73,6 +74,8 @@ def prune_width(config: PruneConfig, context: StageContext) -> StageReport:
         RecipeError: a count that does not fit the model (RC17) or its stored groups (CK29).
         UnsupportedError: blocks that are not gated MLP plus separate q/k/v/o projections.
     """
+    if config.width is not None and config.width.experts is not None:
+        return prune_experts(config, context)
     before = _shape(context.state.config)
     _check_structure(context.state.skeleton(), before)
     after = _wanted(config, before)
@@ -142,9 +145,9 @@ def _wanted(config: PruneConfig, before: Shape) -> Shape:
     assert width is not None, "called for width"
     channels, groups = before.channels, before.kv_heads
     if width.mlp is not None:
-        channels = _count(config, "mlp", width.mlp, (channels, alignment(channels)))
+        channels = kept_count(config, "mlp", width.mlp, (channels, alignment(channels)))
     if width.kv_groups is not None:
-        groups = _count(config, "kv_groups", width.kv_groups, (groups, 1))
+        groups = kept_count(config, "kv_groups", width.kv_groups, (groups, 1))
     if (channels, groups) == (before.channels, before.kv_heads):
         raise RecipeError(
             "this width keeps everything",
@@ -158,22 +161,6 @@ def _wanted(config: PruneConfig, before: Shape) -> Shape:
 def alignment(size: int) -> int:
     """The largest power of two up to 128 that divides a size at least eight times over."""
     return next(a for a in ALIGNMENTS if size % a == 0 and (size >= 8 * a or a == 1))
-
-
-def _count(config: PruneConfig, key: str, asked: float | int, of: tuple[int, int]) -> int:
-    """Kept number for a count (taken as it is) or a fraction (rounded to the alignment)."""
-    size, step = of
-    kept = asked
-    if not isinstance(asked, int):
-        kept = max(step, math.floor(asked * size / step + 0.5) * step)
-    if kept > size:
-        raise RecipeError(
-            f"width.{key} asks for {kept} of {size}",
-            code="RC17",
-            where=config.where(f"width.{key}"),
-            fix=f"keep at most {size}",
-        )
-    return int(kept)
 
 
 def _new_config(

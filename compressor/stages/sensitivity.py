@@ -51,14 +51,22 @@ class UnitOption:
     formats: dict[str, LayerFormat]
 
 
+Change = Callable[[Block, dict[str, Tensor], UnitOption], None]
+
+
 def swap_in_scores(
-    config: QuantizeConfig,
+    config: Any,
     context: StageContext,
     options: list[UnitOption],
     *,
     on_block: OnBlock | None = None,
+    change: Change | None = None,
 ) -> Scores:
-    """KL in nats a token for each unit and label; no pass at all without options."""
+    """KL in nats a token for each unit and label; no pass at all without options.
+
+    change: what an option does to a block, given H of its linears; default: it is rounded.
+    """
+    put = change or (lambda block, found, o: _round_option(block, found, o.formats, config))
     scores: Scores = {}
     if not options:
         return scores
@@ -72,7 +80,7 @@ def swap_in_scores(
     for position in range(max(o.position for o in options) + 1):
         mine = [o for o in options if o.position == position]
         source = walk.state.read_block(position, walk.skeleton)
-        found = _swap_block(walk, _Swap(position, source, stream, final, rows), mine, config)
+        found = _swap_block(walk, _Swap(position, source, stream, final, rows), mine, put)
         _merge(scores, found)
         if on_block is not None and found:
             on_block(found)
@@ -93,9 +101,7 @@ class _Swap:
     rows: slice
 
 
-def _swap_block(
-    walk: Walk, swap: _Swap, options: list[UnitOption], config: QuantizeConfig
-) -> Scores:
+def _swap_block(walk: Walk, swap: _Swap, options: list[UnitOption], put: Change) -> Scores:
     if not options:
         return {}
     original = load_block(walk.skeleton, swap.position, swap.source)
@@ -103,7 +109,7 @@ def _swap_block(
     variants: list[Tensor] = []
     for option in options:
         block = load_block(walk.skeleton, swap.position, swap.source)
-        _round_option(block, hessians, option.formats, config)
+        put(block, hessians, option)
         variants.append(_run_rows(walk, block, swap.position, swap.stream.read(swap.rows)))
     for position in range(swap.position + 1, walk.num_blocks):
         block = walk.load(position)
