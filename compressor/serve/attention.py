@@ -65,11 +65,6 @@ def active(attend: Attend) -> Iterator[None]:
         _ACTIVE.reset(token)
 
 
-def active_attention() -> Attend | None:
-    """The `Attend` of this thread's forward pass; None outside of one."""
-    return _ACTIVE.get(None)
-
-
 def paged_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:

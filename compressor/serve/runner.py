@@ -20,7 +20,7 @@ from compressor.errors import UnsupportedError, printable
 from compressor.modeling.packed_linear import unrounded_inputs
 from compressor.serve import attention
 from compressor.serve.attention import Chunk, KVCache, PagedBatch, Probe
-from compressor.serve.native_block import fuse, unfuse
+from compressor.serve.native_stack import NativeStack
 from compressor.serve.scheduler import Scheduled
 
 _SELF_CHECK_TOKENS = 24
@@ -54,7 +54,7 @@ class ModelRunner:
         self._arguments = forward_arguments(model)
         attention.register()
         self._switch(attention.IMPLEMENTATION)
-        self.fused = fuse(model)
+        self.stack = NativeStack.of(model)
         try:
             self.shapes = self._probe()
         except Exception:
@@ -62,10 +62,8 @@ class ModelRunner:
             raise
 
     def close(self) -> None:
-        """Give the model its own attention and blocks back."""
+        """Give the model its own attention back."""
         self._switch(self.original)
-        unfuse(self.fused)
-        self.fused = []
 
     @property
     def bytes_per_token(self) -> int:
@@ -77,6 +75,8 @@ class ModelRunner:
         self.block_size = block_size
         slots = num_blocks * block_size
         self.cache = KVCache(self.shapes, slots, dtype=self.dtype, device=self.device)
+        if self.stack is not None:
+            self.stack.open_pool(self.cache)
 
     @torch.inference_mode()
     def run(self, items: list[Scheduled]) -> tuple[Tensor, list[Rows]]:
@@ -95,8 +95,11 @@ class ModelRunner:
             rows[index] = Rows(first, len(prompt), len(picked) - 1 if item.samples else None)
         ids = [t for item in flat for t in item.sequence.tokens[item.start : item.stop]]
         positions = [p for item in flat for p in range(item.start, item.stop)]
-        with attention.active(batch):
-            logits = self._forward(ids, positions, picked)
+        if self.stack is not None and self.stack.takes(len(ids)):
+            logits = self.stack(*self._tensors(ids, positions, picked), batch)
+        else:
+            with attention.active(batch):
+                logits = self._forward(ids, positions, picked)
         return logits, [rows[i] for i in range(len(items))]
 
     def self_check(self, vocab_size: int) -> float:
@@ -181,14 +184,18 @@ class ModelRunner:
         offsets = torch.arange(self.block_size)
         return (blocks[:, None] * self.block_size + offsets).flatten()[:length]
 
+    def _tensors(
+        self, ids: list[int], positions: list[int], picked: list[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids [1, T], positions [1, T] and the rows whose logits are wanted."""
+        rows = ([ids], [positions], picked)
+        tokens, places, select = (torch.tensor(r, dtype=torch.int64) for r in rows)
+        return tokens.to(self.device), places.to(self.device), select.to(self.device)
+
     @torch.inference_mode()
     def _forward(self, ids: list[int], positions: list[int], picked: list[int]) -> Tensor:
-        arguments: dict[str, Any] = {
-            "input_ids": torch.tensor([ids], device=self.device),
-            "position_ids": torch.tensor([positions], device=self.device),
-            "use_cache": False,
-        }
-        select = torch.tensor(picked, dtype=torch.int64, device=self.device)
+        tokens, places, select = self._tensors(ids, positions, picked)
+        arguments = {"input_ids": tokens, "position_ids": places, "use_cache": False}
         if "logits_to_keep" in self._arguments:
             return self.model(**arguments, logits_to_keep=select).logits[0].float()  # type: ignore[no-any-return]
         return self.model(**arguments).logits[0, select].float()  # type: ignore[no-any-return]

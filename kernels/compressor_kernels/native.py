@@ -59,6 +59,7 @@ _SIGNATURES = {
     "block_in": [POINTER, POINTER, LONG, *[POINTER] * 6, INT],
     "block_out": [POINTER, POINTER, POINTER, LONG, POINTER, POINTER, INT],
     "attend": [*[POINTER] * 8, ctypes.c_float],
+    "decode": [POINTER, LONG, POINTER, LONG, *[POINTER] * 4, LONG, POINTER, INT],
 }
 
 

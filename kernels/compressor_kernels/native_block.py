@@ -2,7 +2,7 @@
 
 For decoding on a CPU: a block of a 1 B model takes a millisecond of reading weights, and some
 forty small operations from Python take a fifth of that again. `attend` is the attention of single
-new tokens over a paged pool.
+new tokens over a paged pool; `Decoder` runs all blocks for such tokens in one call.
 
 Letters: T tokens, D hidden size, H query heads, G key-value heads, E size of a head, L longest
 context.
@@ -40,6 +40,16 @@ class _BlockStruct(ctypes.Structure):
         *((name, POINTER) for name in ("norm_in", "norm_out", "norm_q", "norm_k")),
         *((name, LONG) for name in ("heads", "kv_heads", "size")),
         ("eps", ctypes.c_float),
+    )
+
+
+class _LayerStruct(ctypes.Structure):
+    """`Layer` of block.c."""
+
+    _fields_ = (
+        *((name, POINTER) for name in ("block", "keys", "values")),
+        ("window", LONG),
+        ("scale", ctypes.c_float),
     )
 
 
@@ -93,15 +103,15 @@ class Block:
         q, k, v, o, gate, up, down = (
             weight_struct(r.weight, r.tensors, r.bias) for r in (linears[n] for n in NAMES)
         )
-        self._struct = _BlockStruct(
+        self.struct = _BlockStruct(
             (q, k, v), o, (gate, up), down,
             norms.before.data_ptr(), norms.after.data_ptr(),
             None if norms.query is None else norms.query.data_ptr(),
             None if norms.key is None else norms.key.data_ptr(),
             self.query // head_size, self.kv // head_size, head_size, norms.eps,
         )  # fmt: skip
-        self._by_reference = ctypes.byref(self._struct)
-        self._work = {
+        self._by_reference = ctypes.byref(self.struct)
+        self.work_bytes = {
             rounds: max(work_bytes(r.weight, 1, rounds=rounds) for r in linears.values())
             + 4 * (self.width + 2 * self.inner)
             for rounds in (False, True)
@@ -114,7 +124,7 @@ class Block:
         contiguous -> q [T, H, E], k and v [T, G, E]."""
         count = x.shape[0]
         q, k, v = (torch.empty((count, n)) for n in (self.query, self.kv, self.kv))
-        work = torch.empty(count * self._work[rounds], dtype=torch.uint8)
+        work = torch.empty(count * self.work_bytes[rounds], dtype=torch.uint8)
         needed().block_in(
             self._by_reference, x.data_ptr(), count, cosine.data_ptr(), sine.data_ptr(),
             q.data_ptr(), k.data_ptr(), v.data_ptr(), work.data_ptr(), rounds,
@@ -125,7 +135,7 @@ class Block:
     def after(self, x: Tensor, attended: Tensor, *, rounds: bool) -> Tensor:
         """Output projection, residuals and MLP: x [T, D], attended [T, H * E] -> [T, D]."""
         y = torch.empty_like(x)
-        work = torch.empty(len(x) * self._work[rounds], dtype=torch.uint8)
+        work = torch.empty(len(x) * self.work_bytes[rounds], dtype=torch.uint8)
         needed().block_out(
             self._by_reference, x.data_ptr(), attended.data_ptr(), len(x), y.data_ptr(),
             work.data_ptr(), rounds,
@@ -159,3 +169,42 @@ def attend(
     pointers = (t.data_ptr() for t in chain(tensors, (contexts.slots, contexts.lengths)))
     needed().attend(*pointers, out.data_ptr(), scores.data_ptr(), ctypes.byref(sizes), scale)
     return out
+
+
+Pool = tuple[Tensor, Tensor]  # keys [S, G, E] and values [S, G, E] of a layer
+
+
+class Decoder:
+    """All blocks of a model over the pools of their layers."""
+
+    def __init__(self, blocks: list[Block], pools: list[Pool], rules: list[tuple[float, int]]):
+        """Point C at blocks and pools.
+
+        Args:
+            blocks: in order.
+            pools: float32 and contiguous, of each block.
+            rules: scale and window (0: all) of each block's attention.
+        """
+        self._keep = (blocks, pools)
+        layers = [
+            _LayerStruct(ctypes.addressof(b.struct), k.data_ptr(), v.data_ptr(), window, scale)
+            for b, (k, v), (scale, window) in zip(blocks, pools, rules, strict=True)
+        ]
+        self._layers = (_LayerStruct * len(layers))(*layers)
+        self._heads = max(block.query // block.head_size for block in blocks)
+        self._floats = max(2 * (b.query + b.kv) + b.width for b in blocks)
+        self._bytes = {r: max(b.work_bytes[r] for b in blocks) for r in (False, True)}
+
+    def __call__(
+        self, x: Tensor, turns: tuple[Tensor, Tensor], contexts: Contexts, *, rounds: bool
+    ) -> Tensor:
+        """x [T, D] and cosine and sine [T, E], float32 and contiguous -> [T, D] in place of x."""
+        count, longest = contexts.slots.shape
+        floats = self._floats + self._heads * longest
+        work = torch.empty(count * (4 * floats + self._bytes[rounds]), dtype=torch.uint8)
+        needed().decode(
+            ctypes.byref(self._layers), len(self._layers), x.data_ptr(), count,
+            turns[0].data_ptr(), turns[1].data_ptr(), contexts.slots.data_ptr(),
+            contexts.lengths.data_ptr(), longest, work.data_ptr(), rounds,
+        )  # fmt: skip
+        return x

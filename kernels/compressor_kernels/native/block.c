@@ -16,6 +16,17 @@ typedef struct {
     float eps;
 } Block;
 
+typedef struct {
+    int64_t count, longest, heads, kv_heads, size, wide, window;
+} Sizes;
+
+typedef struct {
+    const Block *block;
+    float *keys, *values; /* the layer's pool */
+    int64_t window;       /* 0: all positions */
+    float scale;
+} Layer;
+
 /* exp by 2^n * p(r), |r| <= ln 2 / 2, p of degree 6 (Cephes); relative error below 2e-7. */
 INLINE vf exp_f(vf x) {
     vu low = (vu)(x < -87.0f), high = (vu)(x > 88.0f);
@@ -107,13 +118,28 @@ void block_out(const Block *b, const float *x, const float *a, int64_t m, float 
     for (int64_t i = 0; i < m * width; i++) y[i] += work[i];
 }
 
+/* The softmax over positions first .. length - 1 of one head's scores, in place. */
+INLINE void softmax(float *row, int64_t first, int64_t length) {
+    float most = row[first], total = 0;
+    for (int64_t l = first; l < length; l++) most = row[l] > most ? row[l] : most;
+    for (int64_t l = first; l < length; l += LANES) {
+        float part[LANES] = {0};
+        int64_t left = length - l < LANES ? length - l : LANES;
+        memcpy(part, row + l, (size_t)left * sizeof *part);
+        store_f(part, exp_f(load_f(part) - most));
+        memcpy(row + l, part, (size_t)left * sizeof *part);
+        for (int64_t i = 0; i < left; i++) total += part[i];
+    }
+    for (int64_t l = first; l < length; l++) row[l] /= total;
+}
+
 /* One query token each of `count` sequences. q [count][H][E]; keys [slots][G][E], values
  * [slots][G][F]; slots [count][longest], lengths [count]; window 0 = all; out [count][H][F];
  * scores [count][H][longest] is scratch. */
 void attend(const float *q, const float *keys, const float *values, const int64_t *slots,
-            const int64_t *lengths, float *out, float *scores, const int64_t *sizes, float scale) {
-    const int64_t count = sizes[0], longest = sizes[1], heads = sizes[2], kv_heads = sizes[3];
-    const int64_t size = sizes[4], wide = sizes[5], window = sizes[6], group = heads / kv_heads;
+            const int64_t *lengths, float *out, float *scores, const Sizes *s, float scale) {
+    const int64_t count = s->count, longest = s->longest, heads = s->heads, kv_heads = s->kv_heads;
+    const int64_t size = s->size, wide = s->wide, window = s->window, group = heads / kv_heads;
 #pragma omp parallel for schedule(static)
     for (int64_t task = 0; task < count * kv_heads; task++) {
         const int64_t t = task / kv_heads, g = task % kv_heads, length = lengths[t];
@@ -126,19 +152,7 @@ void attend(const float *q, const float *keys, const float *values, const int64_
             for (int64_t h = 0; h < group; h++)
                 score[h * longest + l] =
                     scale * dot_f(query + h * size, keys + (place[l] * kv_heads + g) * size, size);
-        for (int64_t h = 0; h < group; h++) {
-            float *row = score + h * longest, most = row[first], total = 0;
-            for (int64_t l = first; l < length; l++) most = row[l] > most ? row[l] : most;
-            for (int64_t l = first; l < length; l += LANES) {
-                float part[LANES] = {0};
-                int64_t left = length - l < LANES ? length - l : LANES;
-                memcpy(part, row + l, (size_t)left * sizeof *part);
-                store_f(part, exp_f(load_f(part) - most));
-                memcpy(row + l, part, (size_t)left * sizeof *part);
-                for (int64_t i = 0; i < left; i++) total += part[i];
-            }
-            for (int64_t l = first; l < length; l++) row[l] /= total;
-        }
+        for (int64_t h = 0; h < group; h++) softmax(score + h * longest, first, length);
         memset(result, 0, (size_t)(group * wide) * sizeof *result);
         for (int64_t l = first; l < length; l++) {
             const float *value = values + (place[l] * kv_heads + g) * wide;
@@ -146,5 +160,28 @@ void attend(const float *q, const float *keys, const float *values, const int64_
                 for (int64_t i = 0; i < wide; i++)
                     result[h * wide + i] += score[h * longest + l] * value[i];
         }
+    }
+}
+
+/* All blocks for one new token each of `m` sequences: x [M, D] in place, keys and values stored.
+ * `work` holds M * (2 H E + 2 G E + H longest + D) floats and then what the blocks need. */
+void decode(const Layer *layers, int64_t count, float *x, int64_t m, const float *cosine,
+            const float *sine, const int64_t *slots, const int64_t *lengths, int64_t longest,
+            float *work, int32_t rounds) {
+    for (const Layer *layer = layers; layer < layers + count; layer++) {
+        const Block *b = layer->block;
+        const int64_t query = b->qkv[0].rows, kv = b->qkv[1].rows, width = b->out.rows;
+        float *q = work, *a = q + m * query, *k = a + m * query, *v = k + m * kv, *y = v + m * kv;
+        float *scores = y + m * width, *rest = scores + m * b->heads * longest;
+        block_in(b, x, m, cosine, sine, q, k, v, rest, rounds);
+        for (int64_t t = 0; t < m; t++) {
+            int64_t slot = slots[t * longest + lengths[t] - 1];
+            memcpy(layer->keys + slot * kv, k + t * kv, (size_t)kv * sizeof *k);
+            memcpy(layer->values + slot * kv, v + t * kv, (size_t)kv * sizeof *v);
+        }
+        const Sizes s = {m, longest, b->heads, b->kv_heads, b->size, b->size, layer->window};
+        attend(q, layer->keys, layer->values, slots, lengths, a, scores, &s, layer->scale);
+        block_out(b, x, a, m, y, rest, rounds);
+        memcpy(x, y, (size_t)(m * width) * sizeof *x);
     }
 }
