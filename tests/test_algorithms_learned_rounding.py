@@ -9,6 +9,7 @@ from torch import Tensor
 from compressor.algorithms.float_grid import fp8_grid, mxfp4_grid
 from compressor.algorithms.grid import Grid, dequantize, mse_grid, quantize
 from compressor.algorithms.learned_rounding import (
+    LatentWeight,
     LearnedWeight,
     Schedule,
     learn,
@@ -132,6 +133,49 @@ def test_clipped_weights_pass_no_gradient_to_their_offset() -> None:
     pupil.value().sum().backward()
     assert pupil.offset.grad is not None
     assert pupil.offset.grad.flatten().tolist() == pytest.approx([0.1, 0.0, 0.1, 0.1])
+
+
+def by_autograd(pupil: LearnedWeight) -> Tensor:
+    """w^ with straight-through rounding spelt out in single differentiable steps."""
+    scale = pupil.scale().unsqueeze(-1)
+    if isinstance(pupil, LatentWeight):
+        steps = pupil.offset if pupil.distance is None else pupil.offset * pupil.distance
+        at = pupil.groups + steps
+    else:
+        at = pupil.groups / scale + pupil.offset
+    at = at if pupil.kept is None else at * pupil.kept
+    _, levels, clipped = pupil.grid.nearest(at.detach(), pupil.grid.zero_point.unsqueeze(-1))
+    passed = torch.where(clipped, at.detach(), at)
+    return ((levels + passed - passed.detach()) * scale).flatten(1)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", ["integers", "floats"])
+@pytest.mark.parametrize("latent", [False, True])
+def test_gradients_are_those_of_straight_through_rounding(
+    kind: str, *, latent: bool, masked: bool
+) -> None:
+    weight, _ = weight_and_inputs()
+    mask = torch.rand(24, 64, generator=torch.Generator().manual_seed(1)) > 0.4 if masked else None
+    integers = kind == "integers"
+    grid = grid_of(weight, symmetric=False) if integers else mxfp4_grid(weight, kind="mse")
+    if latent:
+        codes = quantize(weight if mask is None else weight * mask, grid)
+        pupil: LearnedWeight = LatentWeight(
+            codes, grid, scale_dtype=torch.float32, near=weight, mask=mask
+        )
+    else:
+        pupil = LearnedWeight(weight, grid, scale_dtype=torch.float32, mask=mask)
+    with torch.no_grad():
+        pupil.offset += 0.3 * torch.randn(pupil.offset.shape, generator=torch.Generator())
+        pupil.factor *= 1.1
+    wanted = [p for p in (pupil.offset, pupil.factor) if p.requires_grad]
+    probe = torch.randn(24, 64, generator=torch.Generator().manual_seed(2))
+    ours = torch.autograd.grad((pupil.value() * probe).sum(), wanted)
+    slow = torch.autograd.grad((by_autograd(pupil) * probe).sum(), wanted)
+    assert torch.allclose(pupil.value(), by_autograd(pupil), atol=1e-6)
+    for one, other in zip(ours, slow, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_a_loss_that_is_not_finite_is_an_error() -> None:
