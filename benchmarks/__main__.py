@@ -12,6 +12,7 @@ BENCHMARKS = {
     "transforms": "scales and rotations, with and without outlier channels",
     "memory": "peak memory of quantizing a model of 4 GB",
     "growth": "time against layers and tokens, and on a block of a 1 B model",
+    "distill_speed": "tokens a second and memory of distillation against a plain loop",
     "kill": "runs killed at random moments and resumed: the same bytes?",
 }
 

@@ -49,7 +49,10 @@ class Divergence:
 
     def log_probabilities(self, logits: Tensor) -> Tensor:
         """log softmax(logits / T) in at least fp32, [..., V] -> [..., V]."""
-        return torch.log_softmax(wide(logits) / self.temperature, dim=-1)
+        known = wide(logits)
+        return torch.log_softmax(
+            known if self.temperature == 1 else known / self.temperature, dim=-1
+        )
 
     def between(self, log_q: Tensor, log_p: Tensor) -> Tensor:
         """Distance of student q and teacher p for each token: two [..., V] -> [...]."""
@@ -58,9 +61,32 @@ class Divergence:
 
     def of_logits(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The same from logits, [..., V] -> [...]."""
+        if self.kind == "forward_kl":
+            value: Tensor = _ForwardKl.apply(student, teacher.detach(), self)
+            return value
         return self.between(
             self.log_probabilities(student), self.log_probabilities(teacher.detach())
         )
+
+
+class _ForwardKl(torch.autograd.Function):
+    """T^2 KL(p || q) of logits; its gradient T (q - p) is made in place, beside the value."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, divergence: Divergence) -> Tensor:
+        log_q = divergence.log_probabilities(student)
+        log_p = divergence.log_probabilities(teacher)
+        p = log_p.exp()
+        difference = log_p.sub_(log_q).masked_fill_(p == 0, 0)
+        value = torch.linalg.vecdot(p, difference) * divergence.temperature**2
+        ctx.save_for_backward(log_q.exp_().sub_(p))
+        ctx.temperature, ctx.dtype = divergence.temperature, student.dtype
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return (gradient * (factor * ctx.temperature).unsqueeze(-1)).to(ctx.dtype), None, None
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:

@@ -33,8 +33,8 @@ from compressor.modeling.whole import Slot, WholeModel
 from compressor.recipe import DistillConfig
 from compressor.stages.teacher_cache import TeacherCache
 
-CHUNK_NUMBERS = 1 << 22  # logits at once
-LEAST_CHUNK = 16  # tokens
+CPU_CHUNK, CHUNK = 1 << 22, 1 << 25  # logits at once: 16 MB in fp32, which malloc keeps for reuse
+LEAST_TOKENS = 128  # at once: each chunk costs a sum of two gradients of the head
 
 Teach = Callable[[slice], Target]
 
@@ -95,7 +95,8 @@ class Objective:
         self.projections = _projections(config, pupils, seed)
         self.device = pupils.student.device
         vocabulary = pupils.student.skeleton.model.config.get_text_config().vocab_size
-        self.tokens_per_chunk = max(LEAST_CHUNK, CHUNK_NUMBERS // vocabulary)
+        numbers = CPU_CHUNK if self.device.type == "cpu" else CHUNK
+        self.tokens_per_chunk = max(LEAST_TOKENS, numbers // vocabulary)
 
     def loss(self, batch: Batch) -> Tensor:
         """Scalar, with a graph."""
