@@ -14,6 +14,7 @@ from compressor.cli.app import run_command
 from compressor.serve.bench import BenchOptions
 from compressor.serve.options import ServeOptions
 from compressor.serve.sequence import SamplingParams
+from compressor_kernels import native
 
 Output = pytest.CaptureFixture[str]
 Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
@@ -106,6 +107,7 @@ def test_bench_takes_a_folder_or_a_url(calls: Calls, tmp_path: Path, capsys: Out
     assert run_command(["bench", str(tmp_path), "--json"]) == 0
     assert calls[0][0] == ("http://127.0.0.1:1", BenchOptions(concurrency=2))
     assert calls[1][0] == (tmp_path, BenchOptions())
+    assert run_command(["bench", "http://127.0.0.1:1", "--offline"]) == 2
 
 
 def test_doctor_reports_versions_kernels_and_a_model(capsys: Output) -> None:
@@ -113,6 +115,7 @@ def test_doctor_reports_versions_kernels_and_a_model(capsys: Output) -> None:
     found = json.loads(capsys.readouterr().out)
     assert {row["package"] for row in found["versions"]} >= {"torch", "python", "ruamel.yaml"}
     assert any(name.startswith("kernel W4A16") for name in found["machine"])
+    assert found["machine"]["C kernels"] == native.reason()
     assert found["model"]["tensors"] > 10
 
 

@@ -110,9 +110,10 @@ def _machine() -> dict[str, Any]:
 
 def _kernels(device: str) -> dict[str, str]:
     """Which code would compute common packed layers here, and why."""
+    from compressor_kernels import native
     from compressor_kernels.dispatch import plan_linear
 
-    found = {}
+    found = {"C kernels": native.reason()}
     for bits, symmetric in ((2, False), (3, False), (4, True), (8, True)):
         plan = plan_linear(
             device, bits=bits, group_size=128, symmetric=symmetric, shape=(4096, 4096)

@@ -127,6 +127,9 @@ def bench(
     output_tokens: Annotated[int | None, typer.Option()] = None,
     max_ttft_ms: Annotated[float | None, typer.Option(help="Limit for goodput.")] = None,
     max_tpot_ms: Annotated[float | None, typer.Option(help="Limit for goodput.")] = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Measure the engine itself, without HTTP.")
+    ] = False,
     seed: flags.Seed = None,
     api_key: ApiKey = None,
     dtype: Dtype = None,
@@ -142,23 +145,27 @@ def bench(
     load |= {"request_rate": request_rate, "prompt_tokens": prompt_tokens, "api_key": api_key}
     load |= {"output_tokens": output_tokens, "max_ttft_ms": max_ttft_ms, "max_tpot_ms": max_tpot_ms}
     with console.session(as_json=as_json):
-        from compressor.serve.bench import BenchOptions, run_bench
-
-        served = _options(
-            {
-                "dtype": dtype,
-                "device": device,
-                "cpu_activations": cpu_activations,
-                "verify": verify,
-            }
-        )
-        is_url = target.startswith(("http://", "https://"))
-        place = target if is_url else _folder(target)
-        result = run_bench(place, BenchOptions(**_present(load)), serve=served)
+        served: Given = {"dtype": dtype, "device": device, "verify": verify}
+        served |= {"cpu_activations": cpu_activations}
+        result = _measure(target, _present(load), _options(served), offline)
     if as_json:
         console.show_json(result)
     else:
         console.show_facts(result)
+
+
+def _measure(target: str, load: Given, served: ServeOptions, offline: bool) -> dict[str, Any]:
+    from compressor.serve.bench import BenchOptions, run_bench
+    from compressor.serve.bench_offline import run_offline
+
+    is_url = target.startswith(("http://", "https://"))
+    if offline and is_url:
+        raise UsageError("--offline takes a folder, not a URL", code="SV33")
+    place = target if is_url else _folder(target)
+    options = BenchOptions(**load)
+    if offline:
+        return run_offline(Path(place), options, serve=served)
+    return run_bench(place, options, serve=served)
 
 
 def _folder(path: str) -> Path:
