@@ -227,6 +227,17 @@ def test_distill_flags_become_a_recipe(tmp_path: Path) -> None:
     assert stages[0] == wanted
 
 
+@pytest.mark.parametrize(
+    ("flags", "student"),
+    [([], {"depth": 0.25}), (["--student-layers", "2"], {"num_hidden_layers": 2})],
+)
+def test_a_draft_is_a_student_of_a_quarter_of_the_blocks_unless_sizes_are_given(
+    flags: list[str], student: dict[str, Any], tmp_path: Path
+) -> None:
+    stages = stages_of(["distill", "reference", "--draft", *flags], tmp_path)
+    assert stages[0] == {"kind": "distill", "student": student}
+
+
 def test_flags_run_the_same_code_as_a_recipe(pipeline: Pipeline, capsys: Output) -> None:
     assert run_command(["quantize", "reference", "--set", "stages.quantize.bits=3"]) == 0
     assert pipeline.recipe is not None

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 Stage = dict[str, Any]
 
-_RESULTS = {"quantize": "quantized", "prune": "pruned", "distill": "distilled"}
+DRAFT_DEPTH = 0.25  # part of the teacher's blocks in a draft model
+_RESULTS = {"quantize": "quantized", "prune": "pruned", "distill": "distilled", "draft": "draft"}
 
 
 def quantize(
@@ -101,6 +102,9 @@ def prune(
 def distill(
     teacher: Annotated[str, typer.Argument(help="Folder, hub id or `reference`.")],
     student: Annotated[str | None, typer.Option(help="Folder of a student to go on with.")] = None,
+    draft: Annotated[
+        bool, typer.Option("--draft", help="A student of a quarter of the blocks, to guess ahead.")
+    ] = False,
     student_layers: Annotated[int | None, typer.Option(help="Blocks of a new student.")] = None,
     student_size: Annotated[
         list[str] | None, typer.Option(help="hidden_size=128 and the like, for a new student.")
@@ -123,13 +127,15 @@ def distill(
     as_json: flags.AsJson = False,
 ) -> None:
     """Train a smaller student towards a teacher."""
-    sizes = {"path": student, "num_hidden_layers": student_layers}
+    sizes: dict[str, Any] = {"path": student, "num_hidden_layers": student_layers}
     sizes |= pairs(student_size, "--student-size") or {}
+    if draft and not _given(sizes):
+        sizes["depth"] = DRAFT_DEPTH
     rows = {"source": data, "num_samples": num_samples, "seq_len": seq_len}
     stage: Stage = {"kind": "distill", "data": _given(rows), "steps": steps}
     stage |= {"batch_size": batch_size, "learning_rate": learning_rate}
     stage |= {"temperature": temperature, "student": _given(sizes)}
-    recipe = _recipe("distill", teacher, output, seed, [stage])
+    recipe = _recipe("draft" if draft else "distill", teacher, output, seed, [stage])
     manner = Manner(run_dir, dry_run, fresh, overwrite, as_json=as_json)
     _write_or_run(recipe, recipe_out, overrides, manner)
 
@@ -166,7 +172,7 @@ def _calibrate(rows: dict[str, Any]) -> Stage:
 
 
 def _recipe(
-    action: Literal["quantize", "prune", "distill"],
+    action: Literal["quantize", "prune", "distill", "draft"],
     model: str,
     output: Path | None,
     seed: int | None,

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from compressor.recipe.base import Part
 from compressor.recipe.data import DataConfig
-from compressor.recipe.types import Fraction, PositiveInt, Text
+from compressor.recipe.types import Fraction, KeptFraction, PositiveInt, Text
 
 Weight = Annotated[float, Field(ge=0.0)]
 
@@ -21,6 +21,9 @@ class Student(Part):
     layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = Field(
         default=None, description="the teacher's blocks that the student starts from"
     )
+    depth: KeptFraction | None = Field(
+        default=None, description="the part of the teacher's blocks that it starts from"
+    )
     num_hidden_layers: PositiveInt | None = None
     hidden_size: PositiveInt | None = None
     intermediate_size: PositiveInt | None = None
@@ -29,10 +32,10 @@ class Student(Part):
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
-        ways = [self.path is not None, self.layers is not None, bool(self.sizes)]
-        if sum(ways) != 1:
+        ways = [self.path, self.layers, self.depth, self.sizes or None]
+        if sum(way is not None for way in ways) != 1:
             raise ValueError(
-                "give either path, or layers, or the sizes in which the student differs"
+                "give either path, layers, depth, or the sizes in which the student differs"
             )
         if self.layers is not None and self.layers != sorted(set(self.layers)):
             raise ValueError("layers must be different and in the order of the teacher")
@@ -41,7 +44,7 @@ class Student(Part):
     @property
     def sizes(self) -> dict[str, int]:
         """The sizes that are given."""
-        return self.model_dump(exclude={"path", "layers"}, exclude_none=True)
+        return self.model_dump(exclude={"path", "layers", "depth"}, exclude_none=True)
 
 
 class Teacher(Part):

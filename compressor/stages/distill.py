@@ -31,6 +31,7 @@ from compressor.stages import processes
 from compressor.stages.calibrate import rows_for
 from compressor.stages.checkpoints import Checkpoints, Resume
 from compressor.stages.context import StageContext, StageReport
+from compressor.stages.draft import draft_note
 from compressor.stages.objective import Objective, Pupils
 from compressor.stages.student import make_student
 from compressor.stages.teacher_cache import CacheKey, TeacherCache, key_of
@@ -107,6 +108,8 @@ def _notes(facts: dict[str, Any], config: DistillConfig) -> list[str]:
     if facts["spikes"]:
         shown = ", ".join(map(str, facts["spikes"]))
         notes.append(f"the loss jumped at step {shown}: back to a checkpoint, on at half the rate")
+    if config.student is not None:
+        notes.append(draft_note(facts))
     return notes
 
 

@@ -50,5 +50,7 @@ def _share(stage: DistillConfig, num_blocks: int) -> float:
         return 1.0
     if student.path is not None:
         return 0.0
+    if student.depth is not None:
+        return student.depth
     kept = student.num_hidden_layers or len(student.layers or []) or num_blocks
     return kept / num_blocks

@@ -1,6 +1,6 @@
 """A new, smaller student: the teacher's blocks, random weights, or a checkpoint of its own.
 
-* `layers`: these blocks of the teacher;
+* `layers`: these blocks of the teacher; `depth`: so many of them, evenly spaced;
 * only `num_hidden_layers` differs: evenly spaced blocks of the teacher, first and last included;
 * another size differs: drawn at random from the seed, as transformers initialises such a model;
 * `path`: any checkpoint that speaks the same vocabulary.
@@ -42,8 +42,11 @@ def make_student(config: DistillConfig, context: StageContext) -> tuple[ModelSta
         return _from_folder(student.path, config, context)
     if student.layers is not None:
         return _from_blocks(student.layers, config, context)
+    total = len(context.original.blocks)
+    if student.depth is not None:
+        return _from_blocks(spaced(max(1, round(student.depth * total)), total), config, context)
     if set(student.sizes) == {"num_hidden_layers"}:
-        total, count = len(context.original.blocks), student.sizes["num_hidden_layers"]
+        count = student.sizes["num_hidden_layers"]
         kept = spaced(count, total) if count <= total else list(range(count))
         return _from_blocks(kept, config, context)
     return _from_seed(student.sizes, config, context)
