@@ -1,6 +1,6 @@
 """Runs killed with SIGKILL at random moments and resumed: is the artifact the same, byte for byte?
 
-    python -m benchmarks kill [--model DIR] [--kills 20] [--steps 6] [--out FILE]
+    python -m benchmarks kill [--model DIR] [--kills 20] [--steps 6] [--depth N] [--out FILE]
 
 One run goes through undisturbed. Then fresh runs of the same recipe are killed again and again
 after a random delay, until one gets through; every file of its artifact except the two reports
@@ -57,6 +57,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--steps", type=int, default=6, help="of distillation; 0 = none")
     parser.add_argument("--pattern", default="", help="of pruning, such as 2:4; empty = none")
+    parser.add_argument("--depth", type=int, default=0, help="see `_chain`; 0 = not that recipe")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path)
     parser.add_argument("--out", type=Path)
@@ -64,17 +65,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def make_recipe(options: argparse.Namespace) -> dict[str, Any]:
-    """calibrate, prune if wanted, quantize within a budget, distill, pack, verify, evaluate."""
+    """calibrate, what the options ask for, pack, verify, evaluate."""
     data = {"source": options.text, "num_samples": options.rows, "seq_len": options.length}
-    prune = [{"kind": "prune", "pattern": options.pattern}] if options.pattern else []
-    distill = {
-        "kind": "distill", "data": data, "steps": options.steps, "batch_size": 2,
-        "checkpoint_steps": 2,
-    }  # fmt: skip
-    quantize = {
-        "kind": "quantize", "group_size": 32, "budget": {"average_bits": 4.75}, "grid": "minmax",
-        "candidates": ["W3A16", "W4A16", "W8A16"], "scores": "output_fisher",
-    }  # fmt: skip
+    stages = _chain(options, data) if options.depth else _budgeted(options, data)
     return {
         "name": "kill",
         "model": {"path": options.model},
@@ -82,14 +75,40 @@ def make_recipe(options: argparse.Namespace) -> dict[str, Any]:
         "samples": 0,
         "stages": [
             {"kind": "calibrate", "data": data},
-            *prune,
-            quantize,
-            *([distill] if options.steps else []),
+            *stages,
             {"kind": "pack", "kernels_archs": []},
             {"kind": "verify", "tokens": 8},
             {"kind": "evaluate", "data": data},
         ],
     }
+
+
+def _distill(options: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "kind": "distill", "data": data, "steps": options.steps, "batch_size": 2,
+        "checkpoint_steps": 2,
+    }  # fmt: skip
+
+
+def _chain(options: argparse.Namespace, data: dict[str, Any]) -> list[dict[str, Any]]:
+    """Prune to so many blocks, distill from a cache, quantize by statistics of what came out."""
+    teacher = {"targets": "top_k", "cache": "teacher"}  # in the folder of each run
+    return [
+        {"kind": "prune", "depth": options.depth},
+        _distill(options, data) | {"teacher": teacher, "learning_rate": 5e-4},
+        {"kind": "calibrate", "data": data},
+        {"kind": "quantize", "scheme": "W4A16", "group_size": 32},
+    ]
+
+
+def _budgeted(options: argparse.Namespace, data: dict[str, Any]) -> list[dict[str, Any]]:
+    """Prune if wanted, quantize within a budget, train the scales."""
+    prune = [{"kind": "prune", "pattern": options.pattern}] if options.pattern else []
+    quantize = {
+        "kind": "quantize", "group_size": 32, "budget": {"average_bits": 4.75}, "grid": "minmax",
+        "candidates": ["W3A16", "W4A16", "W8A16"], "scores": "output_fisher",
+    }  # fmt: skip
+    return [*prune, quantize, *([_distill(options, data)] if options.steps else [])]
 
 
 def torture(recipe: Path, work: Path, *, kills: int, seed: int = 0) -> Iterator[dict[str, Any]]:
