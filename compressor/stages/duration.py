@@ -103,7 +103,7 @@ def quantize_work(config: QuantizeConfig, sizes: Sizes) -> float:
     work += each * (1 if config.budget is None else candidate_count(config.budget))
     if config.learns:  # after the search
         learning = config.learning_settings
-        learned = learning.steps * learning.batch_size * sizes.length
+        learned = config.learning_steps * learning.batch_size * sizes.length
         work += LEARNING * sizes.weights * learned + (each if config.budget is not None else 0)
     if config.effort == "max":
         recovery = config.recovery_settings

@@ -104,7 +104,7 @@ class BlockLearner:
         linears = self._replace(pupil, formats)
         task = _Task(self, position, self._targets(position, original))
         learning = self.config.learning_settings
-        schedule = Schedule(learning.steps, learning.rate, learning.scale_rate)
+        schedule = Schedule(self.config.learning_steps, learning.rate, learning.scale_rate)
         found = learn(
             [linear.learned for linear in linears.values()],
             lambda step: task.loss(pupil, step),
