@@ -50,15 +50,25 @@ def by_planes(kind, floats, values, pc):
 def run_ptx(kind, floats, words):
     """What the assembly leaves in its outputs: float64 [count, R], two words a register."""
     dtype, count = FLOATS[floats], len(numbers(kind, floats))
+    made = registers(assembly(kind, floats), count, pairs_of(words), dtype)
+    return halves(made, dtype).flatten(1)
+
+
+def pairs_of(words):
+    """int16 [W, R] -> registers int64 [W, R / 2]."""
     pairs = (words.int() & 0xFFFF).long().view(words.shape[0], -1, 2)
-    known = {f"${count + i}": p[:, 0] | (p[:, 1] << 16) for i, p in enumerate(pairs)}
-    for line in assembly(kind, floats).strip("{} ").split(";")[1:]:
+    return pairs[..., 0] | (pairs[..., 1] << 16)
+
+
+def registers(text, count, inputs, dtype):
+    """Outputs int64 [count, R] of a piece of PTX."""
+    known = {f"${count + i}": value for i, value in enumerate(inputs)}
+    for line in text.strip("{} ").split(";")[1:]:
         if line.strip():
             op, target, *operands = re.split(r"[ ,]+", line.strip())
             values = [known[o] if o in known else torch.tensor(int(o, 0)) for o in operands]
             known[target] = ptx_step(op, values, dtype)
-    made = torch.stack([known[f"${i}"] for i in range(count)])
-    return halves(made, dtype).flatten(1)
+    return torch.stack([known[f"${i}"] for i in range(count)])
 
 
 def halves(registers, dtype):
@@ -71,6 +81,8 @@ def ptx_step(op, values, dtype):
         return values[0]
     if op == "and.b32":
         return values[0] & values[1]
+    if op == "prmt.b32":
+        return byte_permute(*values)
     if op == "lop3.b32":
         assert int(values[3]) == 0xEA
         return (values[0] & values[1]) | values[2]
@@ -84,6 +96,17 @@ def ptx_step(op, values, dtype):
     assert torch.equal(rounded.double(), exact)
     bits = rounded.view(torch.int16).long() & 0xFFFF
     return bits[..., 0] | (bits[..., 1] << 16)
+
+
+def byte_permute(low, high, selector):
+    """prmt: byte i is the byte that nibble i of the selector names (bit 3 must be clear)."""
+    table = torch.stack([(v >> (8 * i)) & 0xFF for v in (low, high) for i in range(4)])
+    result = torch.zeros_like(selector)
+    for i in range(4):
+        nibble = (selector >> (4 * i)) & 15
+        assert int(nibble.max()) < 8
+        result |= table[nibble] << (8 * i)
+    return result
 
 
 @pytest.mark.parametrize(("kind", "floats"), CASES)
@@ -125,3 +148,20 @@ def test_three_bits_take_three_bits():
     layout = LAYOUTS["int3"]
     used = [(p.word, p.bit + i) for pieces in layout.planes for p in pieces for i in range(p.width)]
     assert sorted(used) == [(word, bit) for word in range(3) for bit in range(16)]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_the_eight_bit_unpacking_is_exact_for_every_code_on_every_plane(dtype):
+    from compressor_kernels.w4a8 import E4M3_ASM, INT8_ASM, to_bytes
+
+    codes = (torch.arange(128)[:, None] + torch.arange(128)).remainder(16).to(torch.uint8)
+    weight = to_bytes(codes, torch.ones(128, 1), None, group_size=-1, dtype=dtype)
+    pairs = pairs_of(weight.words.view(1, -1)).view(-1, 2).t()
+    text = INT8_ASM if dtype == torch.int8 else E4M3_ASM
+    made = registers(text, 4, pairs, torch.bfloat16) & 0xFFFFFFFF
+    lanes = torch.stack([(made >> (8 * i)) & 0xFF for i in range(4)], dim=-1)  # [4, R, 4]
+    values = lanes.view(4, 128, 8, 4).permute(1, 0, 2, 3).reshape(128, 128).to(torch.uint8)
+    if dtype == torch.int8:
+        assert torch.equal(values, codes)
+    else:
+        assert torch.equal(values.view(dtype).float(), 2 * codes.float() - 15)

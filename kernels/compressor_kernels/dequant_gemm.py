@@ -36,15 +36,7 @@ from compressor_kernels.layout import PlanarWeight
 from compressor_kernels.specialize import FLOATS, constants, wants_asm
 from compressor_kernels.split_k import reduce_partial, silu_up
 from compressor_kernels.sums import group_sums
-from compressor_kernels.tiles import (
-    corrected,
-    load_packed,
-    load_scale,
-    load_words,
-    load_zero,
-    planes_product,
-    unpack,
-)
+from compressor_kernels.tiles import tile_product
 from compressor_kernels.tuning import (
     BLOCK_N,
     KernelConfig,
@@ -72,60 +64,17 @@ def dequant_gemm_kernel(
     PARTIAL: split-K is in use, Y is the float32 workspace and the epilogue comes later.
     G: group size, 0 for one group a row. IT: interpreter (float32 arithmetic throughout).
     """
-    BN: tl.constexpr = 128
-    BK: tl.constexpr = PLANES * PC
-    GROUPS: tl.constexpr = BK // G if G > 0 else 1
-    EACH: tl.constexpr = PLANES // GROUPS
-    SUB: tl.constexpr = GROUPS if G > 0 else 0
-    SCALES: tl.constexpr = SUB if SCALE == "float" else 1
     pid_n = tl.program_id(0)
     pid_k = tl.program_id(2)
     rm = tl.program_id(1) * BM + tl.arange(0, BM)
-    rb = tl.arange(0, BN)
-    rq = tl.arange(0, PC)
-    sm = rm < M
-    m_mask = sm[None, :]
     first = pid_k * tiles_a_split
-    k = first * BK + rq[:, None]
-    x_ptr = X + rm[None, :] * stride_xm + k
-    w_ptr = Words + (pid_n * k_tiles + first).to(tl.int64) * (W * BN * PC)
-    w_ptr = w_ptr + rb[:, None] * PC + rq[None, :]
-    at = (pid_n * k_tiles + first) * (SCALES * BN) + rb
-    if G == 0:
-        at = pid_n * BN + rb
-    xs_ptr = XS + (first * SUB if G > 0 else pid_k) * M + rm
-    s = tl.load(S + at).to(tl.float32) if G == 0 else 0.0
-    z = load_zero(Z + at, ZERO_OFFSET, ZERO if G == 0 else "none")
-    acc = tl.zeros((BN, BM), dtype=tl.float32)
-    for _ in range(first, tl.minimum(first + tiles_a_split, k_tiles)):
-        words = load_words(w_ptr, BN * PC, W)
-        numbers = unpack(words, ASM, CONSTRAINTS, PLAN, CENTRED, FP16, IT)
-        packed = load_packed(S + at, SCALE)
-        for g in tl.static_range(GROUPS):
-            sg = s
-            zg = z
-            if G > 0:
-                sg = load_scale(S + at + g * BN, packed, g, SCALE, not CENTRED)
-                zg = load_zero(Z + at + g * BN, ZERO_OFFSET, ZERO)
-            if G == 0 or FORM == "element":
-                acc = planes_product(
-                    acc, numbers, x_ptr, k, m_mask, K, sg, zg,
-                    g * EACH, EACH, PC, R, FORM, ZERO, G > 0, EVEN_K, IT,
-                )  # fmt: skip
-            else:
-                p = planes_product(
-                    tl.zeros((BN, BM), dtype=tl.float32), numbers, x_ptr, k, m_mask, K, sg, zg,
-                    g * EACH, EACH, PC, R, FORM, ZERO, False, EVEN_K, IT,
-                )  # fmt: skip
-                p = corrected(p, xs_ptr + g * M, zg, sm, sums_stride, FORM, ZERO)
-                acc += sg[:, None] * p
-        x_ptr += BK
-        k += BK
-        w_ptr += W * BN * PC
-        at += SCALES * BN
-        xs_ptr += SUB * M
-    if G == 0:
-        acc = s[:, None] * corrected(acc, xs_ptr, z, sm, sums_stride, FORM, ZERO)
+    last = tl.minimum(first + tiles_a_split, k_tiles)
+    acc = tile_product(
+        X + rm * stride_xm, Words, S, Z, XS + rm, rm < M, K, M, sums_stride, pid_n, pid_k,
+        k_tiles, first, last,
+        BM, PC, PLANES, W, R, G, FORM, CENTRED, ZERO, ZERO_OFFSET, SCALE, EVEN_K, ASM,
+        CONSTRAINTS, PLAN, FP16, IT,
+    )  # fmt: skip
     if HAS_FACTOR:
         acc *= tl.load(Factor) * (65536.0 if FORM == "element" and not CENTRED else 1.0)
     store_tile(

@@ -211,3 +211,40 @@ def dequantize_stored(
         scale = scale.repeat_interleave(block, dim=0)[: weight.shape[0]]
         group_size = block
     return weight * expand_groups(scale, weight.shape[1], group_size)
+
+
+# ------------------------------------------------------------------ the other operations
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32 or wider."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.to(wide.dtype)
+
+
+def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x [M, K] -> q in int8 or e4m3 and scales float32 [M], max|x| at the top of the range."""
+    top = 127.0 if dtype == torch.int8 else 448.0
+    highest = x.float().abs().amax(-1)
+    scale = torch.where(highest > 0, highest / top, torch.ones_like(highest))
+    ratio = (x.float() / scale[:, None]).clamp(-top, top)
+    return (ratio.round() if dtype == torch.int8 else ratio).to(dtype), scale
+
+
+def paged_attention(
+    q: Tensor, keys: Tensor, values: Tensor, *, scale: float, window: int | None = None
+) -> Tensor:
+    """One query token of one sequence: q [H, E], keys and values [L, K, E] -> [H, E] float64."""
+    begin = 0 if window is None else max(0, keys.shape[0] - window)
+    repeat = q.shape[0] // keys.shape[1]
+    k = keys[begin:].double().repeat_interleave(repeat, dim=1)
+    v = values[begin:].double().repeat_interleave(repeat, dim=1)
+    weights = (torch.einsum("he,lhe->hl", q.double(), k) * scale).softmax(-1)
+    return torch.einsum("hl,lhe->he", weights, v)
+
+
+def moe_dequant_gemm(x: Tensor, weights: Tensor, chosen: Tensor, routing: Tensor) -> Tensor:
+    """y[i] = routing[i] * x[i / top_k] @ weights[chosen[i]]^T: weights [experts, N, K]."""
+    rows = x.repeat_interleave(chosen.shape[1], dim=0)
+    products = torch.einsum("ik,ink->in", rows.double(), weights.double()[chosen.flatten()])
+    return products * routing.double()[:, None]

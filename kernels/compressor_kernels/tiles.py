@@ -228,3 +228,68 @@ def load_zero(z_ptr, ZERO_OFFSET: tl.constexpr, ZERO: tl.constexpr):
         return 0.0
     else:
         return tl.load(z_ptr).to(tl.float32) - ZERO_OFFSET
+
+
+@triton.jit
+def tile_product(
+    x_rows, Words, S, Z, xs_ptr, sm, K, sums_row, sums_stride, pid_n, pid_k, k_tiles, first, last,
+    BM: tl.constexpr, PC: tl.constexpr, PLANES: tl.constexpr, W: tl.constexpr, R: tl.constexpr,
+    G: tl.constexpr, FORM: tl.constexpr, CENTRED: tl.constexpr, ZERO: tl.constexpr,
+    ZERO_OFFSET: tl.constexpr, SCALE: tl.constexpr, EVEN_K: tl.constexpr, ASM: tl.constexpr,
+    CONSTRAINTS: tl.constexpr, PLAN: tl.constexpr, FP16: tl.constexpr, IT: tl.constexpr,
+):  # fmt: skip
+    """float32 [128, BM]: rows pid_n * 128.. of the weight, tiles first..last-1, times rows of x.
+
+    x_rows: pointers to the BM rows, sm: which exist. xs_ptr: pointers to their sums of group 0,
+    which lie `sums_row` apart from group to group (G = 0: from split to split).
+    """
+    BN: tl.constexpr = 128
+    BK: tl.constexpr = PLANES * PC
+    GROUPS: tl.constexpr = BK // G if G > 0 else 1
+    EACH: tl.constexpr = PLANES // GROUPS
+    SUB: tl.constexpr = GROUPS if G > 0 else 0
+    SCALES: tl.constexpr = SUB if SCALE == "float" else 1
+    rb = tl.arange(0, BN)
+    rq = tl.arange(0, PC)
+    m_mask = sm[None, :]
+    k = first * BK + rq[:, None]
+    x_ptr = x_rows[None, :] + k
+    w_ptr = Words + (pid_n * k_tiles + first).to(tl.int64) * (W * BN * PC)
+    w_ptr = w_ptr + rb[:, None] * PC + rq[None, :]
+    at = (pid_n * k_tiles + first) * (SCALES * BN) + rb
+    if G == 0:
+        at = pid_n * BN + rb
+    xs_ptr += (first * SUB if G > 0 else pid_k) * sums_row
+    s = tl.load(S + at).to(tl.float32) if G == 0 else 0.0
+    z = load_zero(Z + at, ZERO_OFFSET, ZERO if G == 0 else "none")
+    acc = tl.zeros((BN, BM), dtype=tl.float32)
+    for _ in range(first, last):
+        words = load_words(w_ptr, BN * PC, W)
+        numbers = unpack(words, ASM, CONSTRAINTS, PLAN, CENTRED, FP16, IT)
+        packed = load_packed(S + at, SCALE)
+        for g in tl.static_range(GROUPS):
+            sg = s
+            zg = z
+            if G > 0:
+                sg = load_scale(S + at + g * BN, packed, g, SCALE, not CENTRED)
+                zg = load_zero(Z + at + g * BN, ZERO_OFFSET, ZERO)
+            if G == 0 or FORM == "element":
+                acc = planes_product(
+                    acc, numbers, x_ptr, k, m_mask, K, sg, zg,
+                    g * EACH, EACH, PC, R, FORM, ZERO, G > 0, EVEN_K, IT,
+                )  # fmt: skip
+            else:
+                p = planes_product(
+                    tl.zeros((BN, BM), dtype=tl.float32), numbers, x_ptr, k, m_mask, K, sg, zg,
+                    g * EACH, EACH, PC, R, FORM, ZERO, False, EVEN_K, IT,
+                )  # fmt: skip
+                p = corrected(p, xs_ptr + g * sums_row, zg, sm, sums_stride, FORM, ZERO)
+                acc += sg[:, None] * p
+        x_ptr += BK
+        k += BK
+        w_ptr += W * BN * PC
+        at += SCALES * BN
+        xs_ptr += SUB * sums_row
+    if G == 0:
+        acc = s[:, None] * corrected(acc, xs_ptr, z, sm, sums_stride, FORM, ZERO)
+    return acc

@@ -6,12 +6,12 @@ first call breaks graph capture and makes the first request slow. Where the tabl
 below decides:
 
 - rows a tile: the smallest of 8, 16, 32, 64, 128 that holds M (matrix instructions on AMD need 16);
-- form: `group`, on AMD `raw` for integers; `element` where two accumulators would spill (compiled:
-  from 17, 33 or 65 rows on, by format) and for groups of 16; `dense` (dequantize, then cuBLAS) from
-  1024 rows on;
+- form: `group`; `element` where two accumulators would spill (compiled: from 17, 33 or 65 rows on,
+  by format) and for groups of 16; `dense` (dequantize, then cuBLAS) from 1024 rows on. AMD has no
+  bf16 arithmetic: `raw` for integers, `dense` from 65 rows on;
 - split-K: enough blocks for two per processor, at most 16 splits, every split at least one tile;
-- warps: 4, one a scheduler; 8 for 128 rows, and for 64 rows on sm_8x, where 4 would spill;
-- stages: 4 while a stage is small, 3 for 64 rows, 2 on AMD.
+- warps: 4, one a scheduler; 8 where the compiled kernel would spill with 4;
+- stages: 4 while a stage is small, 3 from 64 rows on, 2 on AMD, fewer if shared memory says so.
 
 None of it has been measured on a GPU yet.
 """
@@ -31,6 +31,10 @@ BLOCK_N = 128
 PROCESSORS = {
     "sm_80": 108, "sm_86": 84, "sm_89": 142, "sm_90": 132, "sm_100": 148, "sm_120": 170,
     "gfx942": 304, "gfx950": 256,
+}  # fmt: skip
+SHARED_BYTES = {
+    "sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10,
+    "gfx950": 160 << 10,
 }  # fmt: skip
 M_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 FORMS = ("group", "raw", "element", "dense")
@@ -125,20 +129,30 @@ def heuristic(arch: str, spec: GemmSpec, rows: int) -> KernelConfig:
     n_tiles, k_tiles = tiles(spec.shape, spec.block_k)
     blocks = n_tiles * -(-max(rows, 1) // block_m)
     wanted = -(-2 * PROCESSORS.get(arch, 1) // blocks)
-    stages = 2 if is_amd else 3 if block_m >= 64 else 4
-    warps = 8 if block_m == 128 or (block_m == 64 and arch.startswith("sm_8")) else 4
     split_k = max(1, min(16, k_tiles, wanted))
-    return KernelConfig(block_m, split_k, warps, stages, usual_form(arch, spec, rows))
+    stages = 2 if is_amd else 3 if block_m >= 64 else 4
+    step = LAYOUTS[spec.kind].bits * 16 * spec.block_k + 2 * spec.block_k * block_m
+    fitting = max(1, min(stages, SHARED_BYTES.get(arch, 99 << 10) // step))
+    warps = _warps(arch, spec, block_m)
+    return KernelConfig(block_m, split_k, warps, fitting, usual_form(arch, spec, rows))
+
+
+def _warps(arch: str, spec: GemmSpec, block_m: int) -> int:
+    """4, or 8 where the accumulators of 4 would not fit into registers."""
+    if block_m == 128 or (arch == "sm_100" and spec.kind == "int3"):
+        return 8
+    limit = 32 if spec.kind == "e2m1" else 64
+    return 8 if arch.startswith(("sm_8", "sm_12")) and block_m >= limit else 4
 
 
 def usual_form(arch: str, spec: GemmSpec, rows: int) -> str:
     """`group` unless the docstring says otherwise."""
+    if arch.startswith("gfx"):
+        few = "raw" if spec.kind.startswith("int") else "group"
+        return few if rows <= 64 else "dense"
     if rows >= DENSE_ROWS and arch != "cpu":
         return "dense"
-    if rows > _most_group_rows(spec):
-        return "element"
-    is_integer = spec.kind.startswith("int")
-    return "raw" if arch.startswith("gfx") and is_integer else "group"
+    return "element" if rows > _most_group_rows(spec) else "group"
 
 
 def _most_group_rows(spec: GemmSpec) -> int:
