@@ -16,6 +16,7 @@
 
 #define TILE 64      /* rows of x that share one unpacked block in the int8 way */
 #define TILE_BYTES (160 << 10) /* and how much of the second level cache their blocks may take */
+#define PREFETCH 2048          /* bytes ahead */
 
 typedef struct {
     float scale, sum; /* sum = scale * sum of codes */
@@ -23,11 +24,10 @@ typedef struct {
 } Rounded;
 
 INLINE vf load_scale(const Weight *w, int64_t index) {
-    if (w->scale_kind == 0) return load_f((const float *)w->scale + index * LANES);
-    vu half = CONVERT(load_h((const uint16_t *)w->scale + index * LANES), vu);
-    if (w->scale_kind == 1) return (vf)(half << 16);
-    vf wide = (vf)((half & 0x7fff) << 13) * 0x1p112f; /* move the exponent to float32's bias */
-    return (vf)((vu)wide | (half & 0x8000) << 16);
+    const uint16_t *half = (const uint16_t *)w->scale + index * LANES;
+    if (w->scale_kind == 2) return from_half(half);
+    if (w->scale_kind == 1) return (vf)(CONVERT(load_h(half), vu) << 16);
+    return load_f((const float *)w->scale + index * LANES);
 }
 
 INLINE vf load_zeros(const Weight *w, int64_t index, int bias) {
@@ -51,6 +51,12 @@ INLINE void unpack(const uint8_t *stream, vu *q, int bits, int bias) {
         stream += width * VECTOR_BYTES;
     }
     if (bias) UNROLL for (int i = 0; i < STEPS; i++) q[i] ^= 0x80808080u;
+}
+
+/* Every line of the block `PREFETCH` bytes ahead: the processor's own prefetch is not enough. */
+INLINE void prefetch(const uint8_t *stream, int bits) {
+    for (int line = 0; line < bits * VECTOR_BYTES; line += 64)
+        __builtin_prefetch(stream + PREFETCH + line);
 }
 
 INLINE void store_band(const Weight *w, int64_t band, float *y, vf value) {
@@ -102,7 +108,7 @@ INLINE void int8_tile(const Weight *w, const Rounded *x, float *y, int64_t band,
         vu q[STEPS];
         unpack(stream, q, bits, bias);
         stream += bits * VECTOR_BYTES;
-        __builtin_prefetch(stream + 1024);
+        prefetch(stream, bits);
         if (left == 0) {
             scale = load_scale(w, group);
             zero = load_zeros(w, group++, bias);
@@ -149,7 +155,7 @@ INLINE void exact_tile(const Weight *w, const float *x, float *y, int64_t band, 
         vf part[8]; /* a row of x has several sums, or each would wait for the one before */
         unpack(stream, q, bits, 0);
         stream += bits * VECTOR_BYTES;
-        __builtin_prefetch(stream + 1024);
+        prefetch(stream, bits);
         UNROLL for (int i = 0; i < 8; i++) part[i] = (vf){0};
         UNROLL for (int i = 0; i < STEPS; i++)
             UNROLL for (int j = 0; j < 4; j++, x += count) {

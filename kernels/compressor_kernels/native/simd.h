@@ -46,16 +46,33 @@ INLINE vb load_b(const void *p) { vb v; memcpy(&v, p, sizeof v); return v; }
 INLINE void store_f(float *p, vf v) { memcpy(p, &v, sizeof v); }
 
 INLINE float sum_f(vf v) {
-    float total = 0;
-    for (int i = 0; i < LANES; i++) total += v[i];
-    return total;
+    float part[LANES];
+    memcpy(part, &v, sizeof v);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) part[i] += part[i + half];
+    return part[0];
 }
 
 INLINE float max_f(vf v) {
-    float most = v[0];
-    for (int i = 1; i < LANES; i++) most = v[i] > most ? v[i] : most;
-    return most;
+    float part[LANES];
+    memcpy(part, &v, sizeof v);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) part[i] = part[i] > part[i + half] ? part[i] : part[i + half];
+    return part[0];
 }
+
+/* float16 to float32, exactly. */
+#if defined(__F16C__) && LANES == 8
+INLINE vf from_half(const void *p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128(p)); }
+#elif LANES == 16
+INLINE vf from_half(const void *p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(p)); }
+#else
+INLINE vf from_half(const void *p) {
+    vu half = CONVERT(load_h(p), vu);
+    vf wide = (vf)((half & 0x7fff) << 13) * 0x1p112f; /* moves the exponent to float32's bias */
+    return (vf)((vu)wide | (half & 0x8000) << 16);
+}
+#endif
 
 /* Codes of 8 bits enter the product minus this number where it wants signed weights. */
 #if (defined(__AVX2__) && LANES == 8) || defined(__ARM_FEATURE_DOTPROD)
