@@ -164,26 +164,14 @@ def _ladder(dampening: float, dtype: torch.dtype) -> Iterator[tuple[float, torch
 
 
 def _damped(hessian: Tensor, dampening: float, dtype: torch.dtype, order: Tensor | None) -> Tensor:
-    """A symmetric copy of H, reversed in rows and columns, with dampening on its diagonal."""
+    """A copy of H, reversed in rows and columns, with dampening on its diagonal."""
     if order is None:
         flipped = hessian.to(dtype).flip(0, 1)
     else:
         flipped = hessian[order.flip(0)]
         flipped = flipped[:, order.flip(0)].to(dtype)
-    _symmetrize(flipped)
     flipped.diagonal().add_(dampening * flipped.diagonal().mean())
     return flipped
-
-
-def _symmetrize(square: Tensor) -> None:
-    """(S + S^T) / 2 in place, one pair of blocks at a time."""
-    for i in range(0, len(square), ROWS_AT_ONCE):
-        for j in range(i, len(square), ROWS_AT_ONCE):
-            upper = square[i : i + ROWS_AT_ONCE, j : j + ROWS_AT_ONCE]
-            lower = square[j : j + ROWS_AT_ONCE, i : i + ROWS_AT_ONCE]
-            mean = (upper + lower.T).mul_(0.5)
-            upper.copy_(mean)
-            lower.copy_(mean.T)
 
 
 def _factor(flipped: Tensor) -> Tensor | None:
