@@ -20,7 +20,7 @@ from compressor.recipe.order import check_order, needs_calibration
 from compressor.recipe.parse import dump_recipe, load_recipe, parse_recipe, recipe_schema
 from compressor.recipe.patterns import check_patterns, match_names
 from compressor.recipe.presets import KEEP, SCHEMES, Preset, candidate_preset, loads
-from compressor.recipe.pruning import PruneConfig, Width
+from compressor.recipe.pruning import PruneConfig, PruneTarget, Width
 from compressor.recipe.quantization import QuantizeConfig
 from compressor.recipe.transforms import TransformConfig
 from compressor.recipe.types import parse_size
@@ -42,6 +42,7 @@ __all__ = [
     "Part",
     "Preset",
     "PruneConfig",
+    "PruneTarget",
     "QuantizeConfig",
     "Recipe",
     "StageConfig",

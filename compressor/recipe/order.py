@@ -56,7 +56,7 @@ def needs_calibration(stage: Part) -> str:
     if isinstance(stage, TransformConfig):
         return f"{stage.method} scales by activations" if stage.method != "rotate" else ""
     if isinstance(stage, PruneConfig):
-        if stage.width is not None or stage.depth is not None:
+        if any(way is not None for way in (stage.width, stage.depth, stage.target)):
             return "channels and blocks are ranked by activations"
         if stage.method != "magnitude":
             return f"{stage.method} weighs by activations"

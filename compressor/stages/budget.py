@@ -98,7 +98,7 @@ def make_problem(config: QuantizeConfig, context: StageContext, selection: Selec
     candidates = find_candidates(config, context, selection, limits)
     _check_feasible(config, selection, candidates, limits)
     profile = open_profile(config, context)
-    scores, method = _scores(config, context, candidates, profile)
+    scores, method = scores_of(config, context, candidates, profile)
     note = keep(profile, config)
     candidates.notes.extend([note] if note else [])
     return Problem(
@@ -106,7 +106,7 @@ def make_problem(config: QuantizeConfig, context: StageContext, selection: Selec
         limits=limits,
         scores=scores,
         method=method,
-        choices=_choices(config, candidates, scores),
+        choices=choices_of(config, candidates, scores),
         tied=tied_units(config, candidates),
         num_weights=sum(t.shape[0] * t.shape[1] for t in selection.targets),
         profile=profile,
@@ -203,7 +203,7 @@ def _parted(picked: Labels, name: str, tied: set[str]) -> Labels:
     return own | dict.fromkeys(sorted(tied), picked.get(name, ""))
 
 
-def _scores(
+def scores_of(
     config: QuantizeConfig, context: StageContext, candidates: Candidates, profile: Profile
 ) -> tuple[Scores, str]:
     """Scores of all options from the profile; what is missing is measured."""
@@ -254,7 +254,8 @@ def _swap_in_flop(context: StageContext, options: list[UnitOption]) -> float:
     return len(options) * tokens * stored / dense_bytes_per_weight(context) * 1.2
 
 
-def _choices(config: QuantizeConfig, candidates: Candidates, scores: Scores) -> list[Choice]:
+def choices_of(config: QuantizeConfig, candidates: Candidates, scores: Scores) -> list[Choice]:
+    """Options of all units with cost and score; raised units have their widest one alone."""
     raised, widest = _raised(config, scores), candidates.widest
     return [
         Choice(

@@ -11,10 +11,13 @@ activations and the runtime need room besides.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from compressor.errors import RecipeError
+from compressor.modeling.families import disk_name
 from compressor.modeling.skeleton import parse_config
 from compressor.modeling.state import ModelState
 from compressor.recipe import Budget, QuantizeConfig, parse_size
@@ -142,6 +145,23 @@ def dense_bytes_per_weight(context: StageContext) -> float:
 
 def kept_bytes(context: StageContext, selection: Selection) -> int:
     """Bytes of everything that is not targeted: embeddings, norms, head, protected linears."""
-    total = sum(info.nbytes for info in context.state.checkpoint.tensors.values())
+    total = sum(count * width for count, width in stored_tensors(context.state))
     targeted = sum(t.shape[0] * t.shape[1] for t in selection.targets)
-    return total - int(targeted * dense_bytes_per_weight(context))
+    return int(total - targeted * dense_bytes_per_weight(context))
+
+
+def stored_tensors(state: ModelState) -> Iterator[tuple[int, float]]:
+    """(numbers, bytes of each) of every tensor the state has, dense, blocks that are left only."""
+    skeleton = state.skeleton()
+    for ref, block in zip(state.blocks, skeleton.blocks, strict=True):
+        prefix = f"{skeleton.blocks_name}.{ref.index}."
+        for name, tensor in block.state_dict().items():
+            on_disk = prefix + disk_name(skeleton.model_type, name)
+            yield tensor.numel(), _bytes_of_each(state, on_disk)
+    for name in skeleton.outer_names():
+        yield skeleton.model.state_dict()[name].numel(), _bytes_of_each(state, name)
+
+
+def _bytes_of_each(state: ModelState, name: str) -> float:
+    info = state.checkpoint.tensors[state.disk_tensor_name(name)]
+    return info.nbytes / math.prod(info.shape)

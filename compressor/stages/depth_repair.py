@@ -36,12 +36,13 @@ TESTED = 4  # one row in four chooses the ridge
 
 
 def repair_depth(
-    context: StageContext, after: ModelState, kept: list[int]
+    context: StageContext, after: ModelState, kept: list[int], *, tag: str = ""
 ) -> tuple[ModelState, dict[str, Any]]:
     """The shallower state `after` mended, and by linear how much of what was missing came back.
 
-    kept: the indices of its blocks in the state before. Blocks whose result no dense linear adds
-    to the residual stream (Gemma's norms behind the MLP, experts, quantized ones) stay as they are.
+    kept: the indices of its blocks in the state before; tag: prefix of unit names. Blocks whose
+    result no dense linear adds to the residual stream (Gemma's norms behind the MLP, experts,
+    quantized ones) stay as they are.
     """
     assert context.tokens is not None, "checked by the caller"
     whole, short = (Walk(s, context.tokens, context.walk_options()) for s in (context.state, after))
@@ -51,7 +52,7 @@ def repair_depth(
     for position, end in enumerate([*kept[1:], whole.num_blocks]):
         for number in range(passed, end):
             whole.advance(wanted, whole.load(number), number)
-        passed, unit = end, f"block-{position:04d}"
+        passed, unit = end, f"{tag}block-{position:04d}"
         if not context.run.is_done(unit):
             source = after.read_block(position, short.skeleton)
             block = load_block(short.skeleton, position, source)

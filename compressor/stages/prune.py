@@ -35,6 +35,7 @@ from compressor.stages.context import StageContext, StageReport
 from compressor.stages.prune_allocation import measured_shares
 from compressor.stages.prune_depth import prune_depth
 from compressor.stages.prune_linear import counts, mask_of, prune_linear
+from compressor.stages.prune_target import prune_to_target
 from compressor.stages.prune_width import prune_width
 from compressor.stages.selection import Target, block_linears
 from compressor.stages.statistics import BlockStatistics, Collection
@@ -57,7 +58,9 @@ def apply(config: PruneConfig, context: StageContext) -> StageReport:
             where=config.where("method"),
             fix="add `- kind: calibrate`, or use method: magnitude with reconstruct: false",
         )
-    if config.width is not None:
+    if config.target is not None:
+        report = prune_to_target(config, context)
+    elif config.width is not None:
         report = prune_width(config, context)
     elif config.depth is not None:
         report = prune_depth(config, context)
@@ -67,7 +70,7 @@ def apply(config: PruneConfig, context: StageContext) -> StageReport:
 
 
 def _is_data_free(config: PruneConfig) -> bool:
-    shaped = config.width is not None or config.depth is not None
+    shaped = any(way is not None for way in (config.width, config.depth, config.target))
     return not shaped and not config.reconstruct and config.allocation == "uniform"
 
 

@@ -31,9 +31,9 @@ from compressor.errors import RecipeError, UnsupportedError
 from compressor.modeling.block import Block, load_block
 from compressor.modeling.linears import StoredLinear, find_linears, packed_from_tensors
 from compressor.modeling.skeleton import Skeleton, parse_config
-from compressor.modeling.state import BlockTensors
+from compressor.modeling.state import BlockTensors, ModelState
 from compressor.recipe import PruneConfig
-from compressor.stages.blockwise import Sweep
+from compressor.stages.blockwise import Rewritten, Sweep
 from compressor.stages.context import StageContext, StageReport
 from compressor.stages.kept import kept_count
 from compressor.stages.prune_experts import prune_experts
@@ -76,11 +76,27 @@ def prune_width(config: PruneConfig, context: StageContext) -> StageReport:
     """
     if config.width is not None and config.width.experts is not None:
         return prune_experts(config, context)
-    before = _shape(context.state.config)
-    _check_structure(context.state.skeleton(), before)
+    before, after, done = narrowed(config, context)
+    sizes = {"mlp": [before.channels, after.channels]}
+    sizes["kv_groups"] = [before.kv_heads, after.kv_heads]
+    facts = {"linears": done.linears, "held_out_kl": done.held_out_kl, "width": sizes}
+    return StageReport(done.state, facts | {"notes": _notes(config, before, after)})
+
+
+def new_shape(config: PruneConfig, state: ModelState) -> tuple[Shape, Shape, dict[str, Any]]:
+    """Sizes before and after, and the configuration after; raises as `prune_width`."""
+    before = _shape(state.config)
+    _check_structure(state.skeleton(), before)
     after = _wanted(config, before)
-    new_config = _new_config(config, context.state.config, before, after)
-    sweep = Sweep(context)
+    return before, after, _new_config(config, state.config, before, after)
+
+
+def narrowed(
+    config: PruneConfig, context: StageContext, *, tag: str = ""
+) -> tuple[Shape, Shape, Rewritten]:
+    """The narrower model; tag: prefix of unit names."""
+    before, after, new_config = new_shape(config, context.state)
+    sweep = Sweep(context, tag=tag)
     collection = Collection(asymmetric=True, sequential=True)
     statistics = BlockStatistics(sweep.walk, sweep.streams, sweep.rows, collection)
 
@@ -94,11 +110,7 @@ def prune_width(config: PruneConfig, context: StageContext) -> StageReport:
                 cut.narrow(name, block.linears[name], original.linears[name].dense(), found)
         return cut.result(), cut.facts
 
-    done = sweep.run(rewrite, shape_of=replace(context.state, config=new_config))
-    sizes = {"mlp": [before.channels, after.channels]}
-    sizes["kv_groups"] = [before.kv_heads, after.kv_heads]
-    facts = {"linears": done.linears, "held_out_kl": done.held_out_kl, "width": sizes}
-    return StageReport(done.state, facts | {"notes": _notes(config, before, after)})
+    return before, after, sweep.run(rewrite, shape_of=replace(context.state, config=new_config))
 
 
 def _shape(config: dict[str, Any]) -> Shape:
