@@ -42,15 +42,14 @@ from compressor.stages.outer import outer_bytes
 from compressor.stages.selection import (
     Selection,
     block_linears,
+    dense_bytes,
     fallbacks,
     select,
-    stored_dtype,
     uniform_formats,
 )
 
 BASE_MEMORY = 600 << 20  # interpreter, torch and transformers
 REWRITING = (PruneConfig, DistillConfig, TransformConfig)  # stages that store all blocks anew
-DENSE_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +214,7 @@ def weight_bytes(recipe: Recipe, state: ModelState) -> tuple[int, bool]:
     for stage in recipe.stages:
         if isinstance(stage, QuantizeConfig):
             selection = select(stage, skeleton)
-            dense = DENSE_BYTES.get(stored_dtype(state), 2)
+            dense = dense_bytes(state)
             weights = sum(t.shape[0] * t.shape[1] for t in selection.targets)
             if stage.budget is None:
                 formats = uniform_formats(stage, selection, state)
@@ -238,7 +237,7 @@ def _untied_bytes(recipe: Recipe, state: ModelState) -> int:
     if not rotates or not tied_names(model):
         return 0
     embedding: int = model.get_input_embeddings().weight.numel()
-    return embedding * DENSE_BYTES.get(stored_dtype(state), 2)
+    return embedding * dense_bytes(state)
 
 
 def _check_untied(recipe: Recipe, state: ModelState) -> None:
@@ -287,7 +286,7 @@ def memory_bytes(recipe: Recipe, state: ModelState) -> int:
     """
     skeleton = state.skeleton()
     blocks = _block_weights(skeleton)
-    stored = DENSE_BYTES.get(stored_dtype(state), 2)
+    stored = dense_bytes(state)
     widest = max((t.shape[1] for t in block_linears(skeleton)), default=0)
     largest = max((t.shape[0] * t.shape[1] for t in block_linears(skeleton)), default=0)
     total = sum(info.nbytes for info in state.checkpoint.tensors.values()) // stored

@@ -35,6 +35,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from compressor.algorithms.grid import as_stored
+
 Kind = Literal["forward_kl", "reverse_kl", "jsd", "total_variation"]
 LossOf = Callable[[Tensor, slice], Tensor]
 
@@ -233,9 +235,8 @@ def scaled_dequantize(
 
 def exported_scale(log_scale: Tensor, *, scale_dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """exp(log_scale) [O, G] in fp32 as it is stored: rounded to scale_dtype, positive, normal."""
-    info = torch.finfo(scale_dtype)
-    scale = log_scale.detach().exp().clamp(info.tiny, info.max)
-    return scale.to(scale_dtype).to(log_scale.dtype)
+    scale = log_scale.detach().exp().clamp(min=torch.finfo(scale_dtype).tiny)
+    return as_stored(scale, scale_dtype).to(log_scale.dtype)
 
 
 def wide(x: Tensor) -> Tensor:

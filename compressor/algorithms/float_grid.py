@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from compressor.algorithms.finite import require_finite
-from compressor.algorithms.grid import group_width
+from compressor.algorithms.grid import as_stored, group_width
 
 TOP = {4: 6.0, 8: 448.0}  # largest level
 CLIPPED = {4: 7.0, 8: 464.0}  # half a step beyond it
@@ -108,12 +108,12 @@ def fp8_grid(
         groups = part.reshape(count, -1, width)
         if block:  # all rows of the squares together: [1, G, rows * g]
             groups = groups.transpose(0, 1).reshape(1, len(groups[0]), -1)
-        start = _stored(groups.abs().amax(-1) / TOP[8], scale_dtype)
+        start = as_stored(groups.abs().amax(-1) / TOP[8], scale_dtype)
         factors = torch.logspace(-0.2, 0.8, OCTAVE, base=2.0).tolist() if kind == "mse" else []
         best = _Best(groups, start, bits=8)
-        best.offer_all(_stored(start * factor, scale_dtype) for factor in factors)
+        best.offer_all(as_stored(start * factor, scale_dtype) for factor in factors)
         for _ in range(NUM_REFINEMENTS * bool(factors)):
-            best.offer(_stored(best.least_squares_scale(), scale_dtype))
+            best.offer(as_stored(best.least_squares_scale(), scale_dtype))
         parts.append(best.scale.expand(count, -1) if block else best.scale)
     return FloatGrid(torch.cat(parts).contiguous(), 8, group_size)
 
@@ -169,12 +169,6 @@ def _grouped(w: Tensor, group_size: int) -> Tensor:
 
 def _slabs(groups: Tensor) -> tuple[Tensor, ...]:
     return torch.split(groups, max(1, ELEMENTS_AT_ONCE // groups[0].numel()))
-
-
-def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    info = torch.finfo(dtype)
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return scale.clamp(info.tiny, info.max).to(dtype).float()
 
 
 def _e4m3(codes: Tensor) -> Tensor:

@@ -178,19 +178,19 @@ def dequantize(codes: Tensor, grid: Levels) -> Tensor:
     return levels.mul_(grid.scale.unsqueeze(-1)).flatten(1)
 
 
+def as_stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales in fp32 as `dtype` stores them: rounded, normal, with their sign; 0 becomes 1."""
+    info = torch.finfo(dtype)
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    size = scale.abs().clamp(info.tiny, info.max)
+    return torch.copysign(size, scale).to(dtype).float()
+
+
 def _grouped(w: Tensor, group_size: int) -> Tensor:
     """[O, I] -> fp32 [O, G, g], checked."""
     width = group_width(w.shape[1], group_size)
     require_finite(w, "the weights to be quantized")
     return w.float().reshape(len(w), -1, width)
-
-
-def _stored(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
-    """Round a scale to its stored dtype and keep it normal, with its sign; all-zero -> 1."""
-    info = torch.finfo(scale_dtype)
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    size = scale.abs().clamp(info.tiny, info.max)
-    return torch.copysign(size, scale).to(scale_dtype).float()
 
 
 def _signed_absmax(groups: Tensor) -> Tensor:
@@ -206,11 +206,11 @@ def _minmax(
     top = (1 << bits) - 1
     if symmetric:
         scale = groups.abs().amax(dim=-1) / ((1 << (bits - 1)) - 0.5)
-        return _stored(scale, scale_dtype), torch.full_like(scale, 1 << (bits - 1))
+        return as_stored(scale, scale_dtype), torch.full_like(scale, 1 << (bits - 1))
     low = groups.amin(dim=-1).clamp(max=0)
     high = groups.amax(dim=-1).clamp(min=0)
     # each end divided on its own: high - low may overflow where neither end does
-    scale = _stored(high / top - low / top, scale_dtype)
+    scale = as_stored(high / top - low / top, scale_dtype)
     return scale, torch.round(-low / scale).clamp(0, top)
 
 
@@ -240,7 +240,7 @@ class _Search:
             for side in (distance, -distance):
                 shrink = self._try(best, middle + side, (low, step), shrink)
         for _ in range(NUM_REFINEMENTS):
-            best.offer(_stored(best.least_squares_scale(), self.scale_dtype), best.zero)
+            best.offer(as_stored(best.least_squares_scale(), self.scale_dtype), best.zero)
         return best.scale, best.zero
 
     def _range(self, groups: Tensor) -> tuple[Tensor, Tensor]:
@@ -264,7 +264,7 @@ class _Search:
         An asymmetric grid is tried with its zero point one lower and higher, too.
         """
         low, step = whole
-        scale = _stored(step * shrink, self.scale_dtype)
+        scale = as_stored(step * shrink, self.scale_dtype)
         if self.symmetric:
             better = best.offer(scale, torch.full_like(scale, 1 << (self.bits - 1)))
             return torch.where(better, shrink, kept)

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from compressor.algorithms.finite import require_finite
 from compressor.algorithms.float_grid import FloatGrid
-from compressor.algorithms.grid import Grid, group_width
+from compressor.algorithms.grid import Grid, as_stored, group_width
 
 IDENTITY_SHARE = 0.1  # m; 0.3 and 0.05 were within 2 % of it, 1.0 (plain squares) 12 % worse
 BETAS = (0.9, 0.95)
@@ -126,9 +126,7 @@ class LearnedWeight:
         if not isinstance(self.grid, Grid):
             return self.grid.scale
         smooth = self.grid.scale * self.factor
-        limits = torch.finfo(self.scale_dtype)
-        size = smooth.detach().abs().clamp(limits.tiny, limits.max)
-        stored = torch.copysign(size, smooth.detach()).to(self.scale_dtype).to(smooth.dtype)
+        stored = as_stored(smooth.detach(), self.scale_dtype).to(smooth.dtype)
         return stored + (smooth - smooth.detach())
 
     def position(self, offset: Tensor, scale: Tensor) -> Tensor:

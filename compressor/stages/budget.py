@@ -25,9 +25,9 @@ from compressor.stages.candidates import (
     unit_targets,
 )
 from compressor.stages.context import StageContext
-from compressor.stages.costs import ENDLESS, Limits, dense_bytes_per_weight, limits_of
+from compressor.stages.costs import ENDLESS, Limits, limits_of
 from compressor.stages.profile import Profile, keep, open_profile
-from compressor.stages.selection import Selection, block_linears
+from compressor.stages.selection import Selection, block_linears, dense_bytes
 from compressor.stages.sensitivity import Scores, UnitOption, fisher_scores, swap_in_scores
 
 SWAP_IN_FLOP_LIMIT = 6e12  # about two minutes on two CPU cores
@@ -251,7 +251,7 @@ def _swap_in_flop(context: StageContext, options: list[UnitOption]) -> float:
     assert context.tokens is not None, "scores need calibration rows"
     tokens = min(32, context.tokens.tokens.shape[0]) * context.tokens.tokens.shape[1]
     stored = sum(i.nbytes for i in context.state.checkpoint.tensors.values())
-    return len(options) * tokens * stored / dense_bytes_per_weight(context) * 1.2
+    return len(options) * tokens * stored / dense_bytes(context.state) * 1.2
 
 
 def choices_of(config: QuantizeConfig, candidates: Candidates, scores: Scores) -> list[Choice]:

@@ -13,8 +13,15 @@ from compressor.artifact.formats import LayerFormat
 from compressor.errors import RecipeError
 from compressor.recipe import KEEP, QuantizeConfig, candidate_preset, loads
 from compressor.stages.context import StageContext
-from compressor.stages.costs import Limits, dense_bytes_per_weight
-from compressor.stages.selection import Selection, Target, layer_format, scale_dtype, stored_dtype
+from compressor.stages.costs import Limits
+from compressor.stages.selection import (
+    Selection,
+    Target,
+    dense_bytes,
+    layer_format,
+    scale_dtype,
+    stored_dtype,
+)
 from compressor.stages.sensitivity import UnitOption
 
 Labels = dict[str, str]  # a candidate's label for every unit
@@ -63,7 +70,7 @@ def find_candidates(
 ) -> Candidates:
     """All options of a stage; raises RecipeError if no candidate is legal or fits a unit."""
     dtype = scale_dtype(config, stored_dtype(context.state))
-    dense = dense_bytes_per_weight(context)
+    dense = dense_bytes(context.state)
     found = Candidates({}, {}, {}, unit_targets(selection), _notes(config))
     changed: set[int] = set()
     for unit, members in found.targets.items():

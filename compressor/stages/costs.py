@@ -24,7 +24,7 @@ from compressor.recipe import Budget, QuantizeConfig, parse_size
 from compressor.recipe.budget import parse_footprint
 from compressor.stages.context import StageContext
 from compressor.stages.latency import Device, find_device
-from compressor.stages.selection import Selection, stored_dtype
+from compressor.stages.selection import Selection, dense_bytes
 
 ENDLESS = 1 << 62
 
@@ -138,16 +138,11 @@ def _fixed_milliseconds(context: StageContext, selection: Selection, device: Dev
     return device.milliseconds("BF16", kept_bytes(context, selection) - embedding)
 
 
-def dense_bytes_per_weight(context: StageContext) -> float:
-    """Bytes of one weight of a linear that stays as it is."""
-    return {"F32": 4.0, "BF16": 2.0, "F16": 2.0}.get(stored_dtype(context.state), 2.0)
-
-
 def kept_bytes(context: StageContext, selection: Selection) -> int:
     """Bytes of everything that is not targeted: embeddings, norms, head, protected linears."""
     total = sum(count * width for count, width in stored_tensors(context.state))
     targeted = sum(t.shape[0] * t.shape[1] for t in selection.targets)
-    return int(total - targeted * dense_bytes_per_weight(context))
+    return int(total - targeted * dense_bytes(context.state))
 
 
 def stored_tensors(state: ModelState) -> Iterator[tuple[int, float]]:

@@ -28,12 +28,11 @@ from compressor.recipe import (
 from compressor.recipe.data import SELF
 from compressor.stages.calibrate import LOOK_TOKENS
 from compressor.stages.search import ROUNDS
-from compressor.stages.selection import block_linears, stored_dtype
+from compressor.stages.selection import block_linears, dense_bytes
 
 LEARNING = 12.0  # FLOP a weight a token: forwards, backwards and the rounding in between
 TRAINING = 10.0  # teacher forwards, student forwards and backwards, head twice
 WRITING = 4.0  # token by token
-BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +49,7 @@ class Sizes:
 
 def sizes_of(state: ModelState) -> Sizes:
     """The sizes of a model, without calibration rows."""
-    stored = BYTES.get(stored_dtype(state), 2)
+    stored = dense_bytes(state)
     weights = sum(info.nbytes for info in state.checkpoint.tensors.values()) / stored
     widths = [t.shape for t in block_linears(state.skeleton())]
     return Sizes(

@@ -215,3 +215,8 @@ def stored_dtype(state: ModelState) -> str:
     for info in state.checkpoint.tensors.values():
         bytes_of[info.dtype_name] = bytes_of.get(info.dtype_name, 0) + info.nbytes
     return max(bytes_of, key=lambda name: bytes_of[name])
+
+
+def dense_bytes(state: ModelState) -> int:
+    """Bytes of a weight that stays as it is."""
+    return {"F32": 4, "BF16": 2, "F16": 2}.get(stored_dtype(state), 2)
