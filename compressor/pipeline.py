@@ -240,11 +240,12 @@ def _without_paths(stage: Any) -> Any:
     teacher = getattr(stage, "teacher", None)
     if teacher is not None:
         changes["teacher"] = teacher.model_copy(update={"cache": Path(teacher.cache).name})
-    budget = getattr(stage, "budget", None)
-    if budget is not None:
-        named = {key: getattr(budget, key) for key in ("profile", "device")}
-        shown = {key: Path(value).name for key, value in named.items() if value is not None}
-        changes["budget"] = budget.model_copy(update=shown)
+    for part in ("budget", "target"):
+        limits = getattr(stage, part, None)
+        if limits is not None:
+            named = {key: getattr(limits, key) for key in ("profile", "device")}
+            shown = {key: Path(value).name for key, value in named.items() if value is not None}
+            changes[part] = limits.model_copy(update=shown)
     return stage.model_copy(update=changes)
 
 

@@ -189,7 +189,7 @@ def _patterns(recipe: Recipe, state: ModelState) -> tuple[list[dict[str, Any]], 
 
 def _reshapes(stage: Any) -> bool:
     if isinstance(stage, PruneConfig):
-        return stage.width is not None or stage.depth is not None
+        return any(way is not None for way in (stage.width, stage.depth, stage.target))
     return isinstance(stage, DistillConfig) and stage.student is not None
 
 
