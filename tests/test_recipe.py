@@ -18,13 +18,14 @@ from compressor.recipe import (
     Preset,
     QuantizeConfig,
     Recipe,
+    candidate_preset,
     dump_recipe,
     load_recipe,
     parse_recipe,
     parse_size,
     recipe_schema,
 )
-from compressor.recipe.quantization import Candidate, Scheme
+from compressor.recipe.quantization import Scheme
 from compressor.recipe.yaml import parse_scalar
 from compressor.resources import resource_dir
 
@@ -159,7 +160,21 @@ def test_sizes_without_a_known_unit_are_refused(text: str) -> None:
 
 def test_the_scheme_labels_are_the_presets() -> None:
     assert set(get_args(Scheme)) == set(SCHEMES)
-    assert set(get_args(Candidate)) == {*SCHEMES, "BF16"}
+
+
+@pytest.mark.parametrize(
+    ("label", "group"), [("W3A16", 64), ("W3A16@32", 32), ("W4A16_ASYM@channel", -1)]
+)
+def test_candidates_take_their_own_group_or_the_stages(label: str, group: int) -> None:
+    preset = candidate_preset(label, 64)
+    assert preset is not None
+    assert preset.group_size == group
+
+
+@pytest.mark.parametrize("label", ["W3A17", "W3A16@48", "NVFP4@16", "BF16@32", "@32"])
+def test_unknown_candidates_are_refused(label: str) -> None:
+    with pytest.raises(ValueError, match="is no candidate"):
+        QuantizeConfig(kind="quantize", candidates=[label])
 
 
 def test_bits_symmetry_and_group_win_over_the_scheme() -> None:

@@ -67,6 +67,17 @@ def test_the_budget_is_never_exceeded_in_real_bytes(
     assert allocation["bytes"]["mixed"] >= 0.8 * allocation["budget_bytes"]
 
 
+def test_candidates_may_have_groups_of_their_own(tiny_models: Models, tmp_path: Path) -> None:
+    _, report = mixed(
+        tiny_models("llama"), tmp_path / "run", budget={"average_bits": 4.6},
+        scores="output_fisher", candidates=["W4A16@16", "W4A16@32", "W4A16@channel"],
+    )  # fmt: skip
+    nbytes, weights, formats = stored(report.state)
+    assert nbytes <= weights * 4.6 / 8
+    assert {f.bits for f in formats.values()} == {4}
+    assert len({f.group_size for f in formats.values()}) > 1
+
+
 def test_a_size_budget_covers_all_weight_files(tiny_models: Models, tmp_path: Path) -> None:
     size = 205 * 1024
     bench, _ = mixed(tiny_models("llama"), tmp_path / "run", budget={"size": "205KiB"})

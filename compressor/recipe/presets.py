@@ -12,8 +12,8 @@ formats that hardware multiplies:
     NVFP4        4-bit floats (e2m1), an 8-bit float scale each 16, one 32-bit scale each tensor
     MXFP4        4-bit floats, a power-of-two scale each 32 (OCP Microscaling 1.0)
 
-`NVFP4A16` and `MXFP4A16` leave the activations alone. `BF16` means "left as it is" and is allowed
-only among the candidates of a budget.
+`NVFP4A16` and `MXFP4A16` leave the activations alone. Candidates of a budget may have a group size
+of their own, `W3A16@32` or `W3A16@channel`, and one of them may be `BF16`: "left as it is".
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 KEEP: Final = "BF16"
+GROUP_MARK: Final = "@"
+CANDIDATE_GROUPS: Final = {"16": 16, "32": 32, "64": 64, "128": 128, "channel": -1}
 SCALE_BITS: Final = 16
 DEFAULT_GROUP_SIZE: Final = 128
 BLOCK_EDGE: Final = 128
@@ -133,8 +135,16 @@ def loads_embedding(engine: str, scheme: str) -> bool:
 
 
 def candidate_preset(label: str, group_size: int) -> Preset | None:
-    """The storage a budget candidate stands for; None is "keep 16 bit"."""
+    """The storage a budget candidate stands for; None is "keep 16 bit".
+
+    A label without a group of its own takes `group_size`. Raises KeyError for an unknown label.
+    """
     if label == KEEP:
         return None
-    preset = SCHEMES[label]
-    return preset if preset.is_fixed else replace(preset, group_size=group_size)
+    scheme, marked, group = label.partition(GROUP_MARK)
+    preset = SCHEMES[scheme]
+    if not marked:
+        return preset if preset.is_fixed else replace(preset, group_size=group_size)
+    if preset.is_fixed:
+        raise KeyError(label)
+    return replace(preset, group_size=CANDIDATE_GROUPS[group])

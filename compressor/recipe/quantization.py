@@ -3,13 +3,14 @@
 # ruff: noqa: RUF012 (pydantic copies mutable defaults)
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from compressor.recipe.base import Part
 from compressor.recipe.budget import Budget
-from compressor.recipe.presets import DEFAULT_GROUP_SIZE, SCHEMES, Preset
+from compressor.recipe.presets import DEFAULT_GROUP_SIZE, KEEP, SCHEMES, Preset, candidate_preset
 from compressor.recipe.types import Fraction, PositiveInt, Text
 
 Scheme = Literal[
@@ -18,12 +19,22 @@ Scheme = Literal[
     "W8A16_ASYM", "W8A8", "FP8_DYNAMIC", "FP8A16", "FP8_BLOCK", "NVFP4", "NVFP4A16", "MXFP4",
     "MXFP4A16",
 ]  # fmt: skip
-Candidate = Literal[
-    "W2A16", "W3A16", "W4A16", "W5A16", "W6A16", "W7A16", "W8A16",
-    "W2A16_ASYM", "W3A16_ASYM", "W4A16_ASYM", "W5A16_ASYM", "W6A16_ASYM", "W7A16_ASYM",
-    "W8A16_ASYM", "W8A8", "FP8_DYNAMIC", "FP8A16", "FP8_BLOCK", "NVFP4", "NVFP4A16", "MXFP4",
-    "MXFP4A16", "BF16",
-]  # fmt: skip
+
+
+def _known_candidate(label: str) -> str:
+    try:
+        candidate_preset(label, DEFAULT_GROUP_SIZE)
+    except KeyError:
+        near = get_close_matches(label, [*SCHEMES, KEEP], n=1)
+        hint = f"; do you mean {near[0]}?" if near else ""
+        raise ValueError(
+            f"{label!r} is no candidate{hint} Known are {KEEP}, {', '.join(SCHEMES)}, and integer "
+            "ones with a group size: W3A16@32, W3A16@channel"
+        ) from None
+    return label
+
+
+Candidate = Annotated[str, AfterValidator(_known_candidate)]
 OuterScheme = Literal["none", "W8A16", "W4A16"]
 
 

@@ -72,7 +72,7 @@ def find_candidates(
     dtype = scale_dtype(config, stored_dtype(context.state))
     dense = dense_bytes(context.state)
     found = Candidates({}, {}, {}, unit_targets(selection), _notes(config))
-    changed: set[int] = set()
+    changed: set[tuple[int, int]] = set()
     for unit, members in found.targets.items():
         for label in legal_candidates(config):
             preset = candidate_preset(label, config.preset.group_size)
@@ -89,8 +89,9 @@ def find_candidates(
                     found.notes.append(f"{label} is no candidate for {unit}: {error.message}")
                     continue
                 if not preset.is_fixed:
+                    wanted = preset.group_size
                     groups = {formats[t.linear].group_size: t.shape[1] for t in members}
-                    changed |= {n for g, n in groups.items() if g != preset.group_size}
+                    changed |= {(wanted, n) for g, n in groups.items() if g != wanted}
             sizes = [
                 formats[t.linear].packed_bytes(t.shape)
                 if formats
@@ -100,10 +101,9 @@ def find_candidates(
             found.options[unit, label] = UnitOption(unit, label, members[0].position, formats)
             found.cost[unit, label] = sum(sizes)
             found.others[unit, label] = limits.times(unit, label, sizes)
-    group = config.preset.group_size
     found.notes.extend(
         f"group_size {group} does not divide {n} inputs; a smaller one is used"
-        for n in sorted(changed)
+        for group, n in sorted(changed)
     )
     return found
 
