@@ -6,7 +6,7 @@ WORKERS ?= 2
 PEERS ?= build
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test check format bench bench-peers reference-model clean
+.PHONY: install demo test check format bench bench-cpu bench-peers reference-model clean
 
 install: $(VENV)/.installed
 
@@ -37,6 +37,10 @@ bench: install
 	$(BIN)/python -m benchmarks kill --kills 20 --pattern 2:4
 	$(BIN)/python -m benchmarks memory
 	$(BIN)/python kernels/bench/bench_dequant_gemm.py --cpu --out build/cpu.json
+
+# LLAMA="--llama-bench BINARY --gguf-py FOLDER" compares with llama.cpp.
+bench-cpu: install
+	$(BIN)/python -m benchmarks cpu --threads $(OMP_NUM_THREADS) $(LLAMA)
 
 bench-peers: $(PEERS)/peers-a/.installed $(PEERS)/peers-b/.installed
 

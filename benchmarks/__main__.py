@@ -13,6 +13,7 @@ BENCHMARKS = {
     "memory": "peak memory of quantizing a model of 4 GB",
     "growth": "time against layers and tokens, and on a block of a 1 B model",
     "distill_speed": "tokens a second and memory of distillation against a plain loop",
+    "cpu": "speed of linears and of a whole model on this CPU, against torch and llama.cpp",
     "kill": "runs killed at random moments and resumed: the same bytes?",
 }
 

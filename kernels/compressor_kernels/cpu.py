@@ -33,8 +33,9 @@ from compressor_kernels.planes import from_planes
 from compressor_kernels.reference import expand_groups
 
 CHUNK_ELEMENTS = 1 << 19  # dequantized floats alive at once: 2 MiB, fastest here of 2^16 ... 2^22
+EXPANDED = 1 << 20  # the same for the C kernels, whose products are of one buffer
 SMALL_ROWS = 32  # the packed ops beat dequantizing up to here (bench/results)
-MANY_ROWS = 64  # from here on MKL's product of dequantized rows beats the exact C kernel
+MANY_ROWS = 96  # from here on MKL's product of dequantized rows beats the exact C kernel
 
 
 def _flag(name: str) -> bool:
@@ -69,8 +70,8 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 def native_linear(
     x: Tensor, resident: dict[str, Tensor], weight: native.Weight, *, rounds: bool
 ) -> Tensor:
-    """y = x @ w^T for x [M, I]; many exact rows are multiplied with `CHUNK_ELEMENTS` weights at a
-    time, dequantized in C (in bf16 where x and the processor have it); [M, O].
+    """y = x @ w^T for x [M, I]; many exact rows are multiplied with `EXPANDED` weights at a time,
+    dequantized in C (in bf16 where x and the processor have it); [M, O].
     """
     compute = _compute_dtype(x)
     if rounds or x.shape[0] < (MANY_ROWS if compute == torch.float32 else SMALL_ROWS):
@@ -78,9 +79,10 @@ def native_linear(
     out_features, columns = weight.shape
     x_wide = x.to(compute)
     y = torch.empty((x.shape[0], out_features), dtype=compute)
-    step = max(64, CHUNK_ELEMENTS // columns // 64 * 64)  # whole bands
+    step = max(64, EXPANDED // columns // 64 * 64)  # whole bands
+    buffer = torch.empty(step * columns)
     for start in range(0, out_features, step):
-        dense = native.expanded(weight, resident, start, step)
+        dense = native.expanded(weight, resident, start, buffer)
         y[:, start : start + step] = x_wide @ dense.to(compute)
     return y.to(x.dtype)
 

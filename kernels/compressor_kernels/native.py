@@ -231,15 +231,19 @@ def linear(
     return _product(needed(), weight, x, resident, rounds=rounds, bias=bias)
 
 
-def expanded(weight: Weight, resident: Tensors, first: int, rows: int) -> Tensor:
-    """Float32 w^T [I, R] of the R <= `rows` rows from `first` on (a multiple of the band)."""
+def expanded(weight: Weight, resident: Tensors, first: int, out: Tensor) -> Tensor:
+    """Float32 w^T [I, R] of the rows from `first` on (a multiple of 64), written into `out`.
+
+    `out` is a flat float32 buffer; R is as many rows as fit, in whole bands of rows.
+    """
     found = needed()
     lanes: int = found.lanes()
-    bands = min(-(-rows // lanes), resident["scale"].shape[0] - first // lanes)
-    out = torch.empty((weight.shape[1], bands * lanes))
+    left = resident["scale"].shape[0] - first // lanes
+    bands = min(out.numel() // (weight.shape[1] * lanes), left)
     struct = weight_struct(weight, resident)
     found.expand(ctypes.byref(struct), first // lanes, bands, out.data_ptr())
-    return out[:, : weight.shape[0] - first]
+    dense = out[: weight.shape[1] * bands * lanes].view(weight.shape[1], bands * lanes)
+    return dense[:, : weight.shape[0] - first]
 
 
 def weight_struct(weight: Weight, resident: Tensors, bias: Tensor | None = None) -> WeightStruct:
