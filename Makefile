@@ -42,6 +42,10 @@ bench: install
 bench-cpu: install
 	$(BIN)/python -m benchmarks cpu --threads $(OMP_NUM_THREADS) $(LLAMA)
 
+# One call on a machine with a GPU; WHEELS is a folder with wheels of GemLite, if any.
+bench-gpu: install
+	$(BIN)/python kernels/bench/bench_gpu.py --out build/gpu $(if $(WHEELS),--wheels $(WHEELS))
+
 bench-peers: $(PEERS)/peers-a/.installed $(PEERS)/peers-b/.installed
 
 # Two environments, since the tools disagree on transformers; torch goes first, gptqmodel builds on it.

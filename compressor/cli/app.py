@@ -13,7 +13,7 @@ from typing import Annotated, cast
 import typer
 
 from compressor import __version__
-from compressor.cli import checks, demo, doctor, evaluate, recipes, run, serving, single
+from compressor.cli import checks, demo, doctor, evaluate, recipes, run, serving, single, tune
 from compressor.errors import CompressError, Interrupted, UsageError
 
 # typer carries its own copy of click in new versions: reach the classes through typer itself.
@@ -57,6 +57,7 @@ app.command("inspect")(checks.inspect)
 app.command("serve")(serving.serve)
 app.command("generate")(serving.generate)
 app.command("bench")(serving.bench)
+app.command("tune")(tune.tune)
 app.command("doctor")(doctor.doctor)
 app.add_typer(recipes.app, name="recipe")
 

@@ -1,9 +1,9 @@
 """Launch configurations: a table of measured ones, and a rule for the rest.
 
 `configs.json` maps "arch/op/kind/group/NxK/M bucket" to a configuration that `compress tune` or a
-bench run measured. It is data, not a cache: nothing is tuned while serving, because tuning at the
-first call breaks graph capture and makes the first request slow. Where the table is silent the rule
-below decides:
+bench run measured; a table of this machine (`user_table_path`) goes before it. It is data, not a
+cache: nothing is tuned while serving, because tuning at the first call breaks graph capture and
+makes the first request slow. Where the tables are silent the rule below decides:
 
 - rows a tile: the smallest of 8, 16, 32, 64, 128 that holds M (matrix instructions on AMD need 16);
 - form: `group`; `element` where two accumulators would spill (compiled: from 17, 33 or 65 rows on,
@@ -19,9 +19,12 @@ None of it has been measured on a GPU yet.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -107,18 +110,27 @@ def table_key(arch: str, spec: GemmSpec, rows: int) -> str:
     return f"{arch}/{spec.op}/{spec.kind}/{place}/{m_bucket(max(rows, 1))}"
 
 
+def user_table_path() -> Path:
+    """The table that `compress tune` writes on this machine."""
+    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache_home) / "compressor" / "kernel_configs.json"
+
+
 @cache
-def table() -> dict[str, dict[str, int | str]]:
-    """The entries of `configs.json`."""
-    text = files("compressor_kernels").joinpath("configs.json").read_text(encoding="utf-8")
-    entries: dict[str, dict[str, int | str]] = json.loads(text)["configs"]
+def table() -> dict[str, dict[str, Any]]:
+    """The entries of `configs.json`, and over them those of the user's table."""
+    shipped = files("compressor_kernels").joinpath("configs.json").read_text(encoding="utf-8")
+    entries: dict[str, dict[str, Any]] = json.loads(shipped)["configs"]
+    own = user_table_path()
+    if own.is_file():
+        entries |= json.loads(own.read_text(encoding="utf-8"))["configs"]
     return entries
 
 
 def choose_config(arch: str, spec: GemmSpec, rows: int) -> KernelConfig:
     """Configuration for a weight and `rows` rows of x on `arch`."""
     entry = table().get(table_key(arch, spec, rows))
-    return heuristic(arch, spec, rows) if entry is None else KernelConfig(**entry)  # type: ignore[arg-type]
+    return heuristic(arch, spec, rows) if entry is None else KernelConfig(**entry["config"])
 
 
 def heuristic(arch: str, spec: GemmSpec, rows: int) -> KernelConfig:
