@@ -188,5 +188,5 @@ def _ours(job: dict[str, Any], tokens: torch.Tensor) -> tuple[list[float], list[
         times.append(time.process_time())
         resident.append(_resident())
 
-    Training(objective, tokens, seed=0).run(Callbacks(save=lambda: None, report=report))
+    Training(objective, tokens, seed=0).run(Callbacks(save=lambda tensors: None, report=report))
     return losses, times[:-1], resident[0]  # the last step ends in a validation

@@ -179,6 +179,8 @@ def test_hidden_mse_does_not_depend_on_the_size_of_the_stream() -> None:
     wanted = (student - teacher).square().mean() / teacher.square().mean()
     assert torch.allclose(hidden_mse(student, teacher), wanted)
     assert torch.allclose(hidden_mse(9 * student, 9 * teacher), wanted)
+    rows = hidden_mse(torch.stack([student, teacher]), torch.stack([teacher, student]))
+    assert torch.allclose(rows, (wanted + hidden_mse(teacher, student)) / 2)
 
 
 def quantized_layer() -> tuple[Tensor, Grid]:

@@ -69,9 +69,26 @@ def test_two_processes_take_the_same_steps_as_one(
     assert two["kl_after"] == pytest.approx(one["kl_after"], rel=1e-4)
 
 
+def test_sharded_blocks_take_the_same_steps_and_go_on_after_a_stop(
+    tiny_models: Models, tmp_path: Path
+) -> None:
+    whole = write_recipe(tiny_models("llama"), tmp_path, hidden_weight=0.5)
+    plain = start(whole, tmp_path / "1", processes=1)
+    assert plain.wait(timeout=300) == 0
+    recipe = write_recipe(tiny_models("llama"), tmp_path, hidden_weight=0.5, sharding="fsdp")
+    run = start(recipe, tmp_path / "2", processes=2)
+    wait_for(lambda: list((tmp_path / "2").rglob("step-0000002.safetensors")))
+    run.send_signal(signal.SIGTERM)
+    run.wait(timeout=120)
+    assert start(recipe, tmp_path / "2", processes=2).wait(timeout=300) == 0
+    one, two = facts(tmp_path / "1"), facts(tmp_path / "2")
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
+    assert two["kl_after"] == pytest.approx(one["kl_after"], rel=1e-4)
+
+
 def wait_for(condition: Callable[[], Any]) -> Any:
     """The first true value of a condition."""
-    for _ in range(600):
+    for _ in range(2400):
         found = condition()
         if found:
             return found

@@ -128,7 +128,7 @@ def test_micro_batches_do_not_change_the_losses(
     for index, size in enumerate((4096, 24)):
         bench = Bench(tiny_models("llama"), tmp_path / f"run{index}")
         keys = short | {"student": Student(num_hidden_layers=1), "ce_weight": 0.5}
-        keys |= {"micro_batch_tokens": size}
+        keys |= {"micro_batch_tokens": size, "hidden_weight": 0.5, "attention_weight": 0.5}
         losses.append(bench.apply(bench.original, "distill", **keys).facts["losses"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 

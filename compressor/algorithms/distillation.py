@@ -169,16 +169,16 @@ def token_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return -log_q.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 
-def hidden_mse(student: Tensor, teacher: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """Scalar mean squared difference of hidden states [..., D], relative to the teacher's power.
+def hidden_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Scalar mean squared difference of hidden states [..., S, D], relative to the teacher's power.
 
-    Dividing by mean(teacher^2) makes one weight fit all layers, though the size of the residual
-    stream grows with depth.
+    Dividing by mean(teacher^2) of each row makes one weight fit all layers, though the size of the
+    residual stream grows with depth; rows are averaged, so parts of a batch add up to the whole.
     """
     target = wide(teacher.detach())
-    error = (wide(student) - target).square().mean(dim=-1)
-    power = masked_mean(target.square().mean(dim=-1), mask)
-    return masked_mean(error, mask) / power.clamp(min=1e-12)
+    error = (wide(student) - target).square().mean(dim=(-2, -1))
+    power = target.square().mean(dim=(-2, -1))
+    return (error / power.clamp(min=1e-12)).mean()
 
 
 def attention_relation(student: Tensor, teacher: Tensor, *, heads: int) -> Tensor:
@@ -198,14 +198,6 @@ def _relation(x: Tensor, heads: int) -> Tensor:
     scores = slices @ slices.mT / math.sqrt(slices.shape[-1])
     later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
     return torch.log_softmax(scores.masked_fill(later, -torch.inf), dim=-1)
-
-
-def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean of values [...] where mask is True; 0 if it is True nowhere."""
-    if mask is None:
-        return values.mean()
-    kept = values.masked_fill(~mask, 0)  # not a product: 0 * nan would stay nan
-    return kept.sum() / mask.sum().clamp(min=1)
 
 
 def scaled_dequantize(

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from compressor.algorithms.distillation import exported_scale, scaled_dequantize
@@ -198,10 +199,15 @@ class Slot:
 
     def stored(self) -> Tensor:
         """The tensor as it would be written now, on the CPU."""
-        value = self.parameter.detach() if self.export is None else self.export()
+        value = whole_tensor(self.parameter.detach()) if self.export is None else self.export()
         if self.transposed:
             value = value.t()
         return value.to(self.dtype, copy=True).contiguous().cpu()
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """A tensor that may be cut up among processes, whole in each of them."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class WholeModel:

@@ -115,6 +115,9 @@ class DistillConfig(Part):
         default=4096, description="tokens at once; gradients of a step add up over them"
     )
     gradient_checkpointing: bool = False
+    sharding: Literal["none", "fsdp"] = Field(
+        default="none", description="fsdp: each process keeps a part of every block"
+    )
     gradient_clip: Annotated[float, Field(gt=0.0)] = 1.0
     spike_factor: Annotated[float, Field(gt=1.0)] = Field(
         default=10.0, description="a loss so many times the usual one sends training back"

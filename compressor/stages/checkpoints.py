@@ -13,6 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from compressor.recipe import DistillConfig
 from compressor.run_dir import StageRun
 from compressor.stages.training import Training
@@ -46,10 +48,10 @@ class Checkpoints:
                 return self.run.file(unit), self.run.meta(unit)
         return None
 
-    def save(self, training: Training) -> None:
+    def save(self, training: Training, tensors: dict[str, Tensor]) -> None:
         """Commit a checkpoint of this step; older ones are not needed any more."""
         step = training.progress.step
-        self._commit(_name("step", step), training)
+        self._commit(_name("step", step), training, tensors)
         for older in (s for s in self.steps if s < step):
             self.run.file(_name("step", older)).unlink(missing_ok=True)
         self.forget_timed()
@@ -60,13 +62,13 @@ class Checkpoints:
         if minutes is None or not is_new or time.monotonic() - self._saved < 60 * minutes:
             return
         older = self._timed()
-        self._commit(_name("timed", training.progress.step), training)
+        self._commit(_name("timed", training.progress.step), training, training.tensors())
         for file in older:
             file.unlink(missing_ok=True)
 
     def save_last_good(self, training: Training) -> None:
         """Commit what a diverged training had before its last step."""
-        self._commit(LAST_GOOD, training)
+        self._commit(LAST_GOOD, training, training.tensors())
 
     def forget_timed(self) -> None:
         """Delete timed checkpoints."""
@@ -83,9 +85,9 @@ class Checkpoints:
                 break
         return losses
 
-    def _commit(self, unit: str, training: Training) -> None:
+    def _commit(self, unit: str, training: Training, tensors: dict[str, Tensor]) -> None:
         progress = asdict(training.progress)
-        self.run.commit(unit, training.tensors(), {"progress": progress})
+        self.run.commit(unit, tensors, {"progress": progress})
         self._saved = time.monotonic()
 
     def _timed(self) -> list[Path]:

@@ -33,6 +33,7 @@ from compressor.stages.checkpoints import Checkpoints, Resume
 from compressor.stages.context import StageContext, StageReport
 from compressor.stages.draft import draft_note
 from compressor.stages.objective import Objective, Pupils
+from compressor.stages.sharding import check_sharding, shard
 from compressor.stages.student import make_student
 from compressor.stages.teacher_cache import CacheKey, TeacherCache, key_of
 from compressor.stages.trackers import Track, tracking
@@ -162,8 +163,8 @@ def _rows(config: DistillConfig, context: StageContext) -> TokenRows:
 
 def help_training(task: Task) -> None:
     """Take part in the training of another process; nothing is written here."""
-    with suppress(Spike):  # process 0 sees it too and sends a new task
-        _prepare(task).run(Callbacks(save=lambda: None, report=lambda facts: None))
+    with suppress(Spike), processes.together():  # process 0 sees a spike too and sends a new task
+        _prepare(task).run(Callbacks(save=lambda tensors: None, report=lambda facts: None))
 
 
 def replace_states(task: Task) -> Task:
@@ -195,6 +196,12 @@ def _prepare(task: Task) -> Training:
     student = WholeModel(task.student, device=device, near=near)
     _check_count(config, teacher)
     slots = chosen_slots(config, student.slots)
+    if config.sharding == "fsdp" and processes.count() > 1:
+        check_sharding(config, slots, processes.count())
+        for slot in slots:
+            slot.parameter.requires_grad_(True)
+        slots = shard(student, slots, processes.count())
+        shard(teacher, [], processes.count())
     pupils = Pupils(teacher, student, slots, _pairs(task.teacher, task.student))
     objective = Objective(config, pupils, cache=cache, seed=task.seed)
     training = Training(objective, task.tokens, seed=task.seed)
@@ -265,11 +272,13 @@ def _train(task: Task, context: StageContext, checkpoints: Checkpoints) -> Train
             processes.send(replace_states(task))
             training = _prepare(task)
             try:
-                training.run(_callbacks(training, context, checkpoints, track))
+                with processes.together():
+                    training.run(_callbacks(training, context, checkpoints, track))
             except Spike as spike:
                 spikes = [*training.progress.spikes, spike.step]
                 if len(spikes) > task.config.spike_retries:
-                    checkpoints.save_last_good(training)
+                    if task.config.sharding == "none":  # parts are put together by all processes
+                        checkpoints.save_last_good(training)
                     raise training.diverged(spike) from spike
                 checkpoints.forget_timed()
                 task = replace(task, resume=checkpoints.newest(timed=False), spikes=tuple(spikes))
@@ -289,7 +298,7 @@ def _callbacks(
         event = {"unit": f"step-{step:07d}", "index": step, "total": total, "loss": facts["loss"]}
         context.run.progress(event | {"held_out_kl": known})
 
-    return Callbacks(save=lambda: checkpoints.save(training), report=report)
+    return Callbacks(save=lambda tensors: checkpoints.save(training, tensors), report=report)
 
 
 def _write(context: StageContext, training: Training, start: ModelState) -> None:

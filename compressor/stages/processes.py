@@ -14,7 +14,8 @@ launcher ends them; what training had committed by then is on disk as always.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
+from torch.distributed import DistError
 
 from compressor.errors import CompressError, ResourceError
 from compressor.modeling.state import ModelState
@@ -36,6 +38,11 @@ def join() -> Accelerator:
         cpu=not torch.accelerator.is_available(),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
     )
+
+
+def count() -> int:
+    """How many processes train together."""
+    return join().num_processes
 
 
 def is_follower() -> bool:
@@ -70,16 +77,23 @@ def follow(work: Callable[[Any], None]) -> None:
 
 
 def add(accelerator: Accelerator, tensor: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, the same in each of them.
+    """The sum of a tensor over all processes, the same in each of them."""
+    total: Tensor = accelerator.reduce(tensor, "sum")
+    return total
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Work that all processes do at the same time.
 
     Raises:
         ResourceError: another process is gone (KI17).
     """
-    if accelerator.num_processes == 1:
-        return tensor
     try:
-        total: Tensor = accelerator.reduce(tensor, "sum")
+        yield
     except RuntimeError as error:
+        if count() == 1 or not (isinstance(error, DistError) or "gloo" in str(error)):
+            raise
         raise ResourceError(
             "a process that helped in training is gone",
             code="KI17",
@@ -87,7 +101,6 @@ def add(accelerator: Accelerator, tensor: Tensor) -> Tensor:
             "is on disk.",
             fix="look at what ended it (memory?) and run the same command again: it goes on",
         ) from error
-    return total
 
 
 def portable(state: ModelState) -> ModelState:

@@ -28,12 +28,13 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import DataError, NumericError
-from compressor.modeling.whole import Slot
+from compressor.modeling.whole import Slot, whole_tensor
 from compressor.recipe import DistillConfig
 from compressor.stages import processes
 from compressor.stages.objective import Batch, HeldOut, Objective, Pupils
 from compressor.stages.on_policy import with_own_rows
 from compressor.stages.schedule import batch_rows, learning_rate
+from compressor.stages.sharding import clip_gradients, is_sharded, shaped_like
 
 SCALE_RATE = 20.0  # log-scales move in relative steps; they take a larger rate than weights
 LATENT_RATE = 20.0  # positions in grid steps; KL after GPTQ: 5 .0336, 20 .0324, frozen .0344
@@ -73,9 +74,10 @@ class Spike(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Callbacks:
-    """What the process that writes does: `save` after a validation, `report` after every step."""
+    """What the process that writes does: `save` after a validation, with the tensors to go on from,
+    `report` after every step."""
 
-    save: Callable[[], None]
+    save: Callable[[dict[str, Tensor]], None]
     report: Callable[[dict[str, float]], None]
 
 
@@ -119,7 +121,7 @@ class Training:
             done = progress.step == self.config.steps
             if done or progress.step % self.config.checkpoint_steps == 0:
                 self._validate()
-                callbacks.save()
+                callbacks.save(self.tensors())
                 progress.losses = []
             callbacks.report(facts)
 
@@ -135,7 +137,7 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._backward(self._batch())
         self._share_gradients()
-        norm = float(nn.utils.clip_grad_norm_(self.trained.values(), config.gradient_clip))
+        norm = clip_gradients(self.trained.values(), config.gradient_clip)
         progress.first_loss = progress.first_loss if progress.step else loss
         if not math.isfinite(loss) or not math.isfinite(norm) or loss > self._most_loss():
             raise Spike(progress.step, loss, norm)
@@ -192,7 +194,7 @@ class Training:
             if slot.keep is not None:
                 _gradient(slot.parameter).mul_(slot.keep)
         if self.accelerator.num_processes > 1:
-            parameters = list(self.trained.values())
+            parameters = [p for p in self.trained.values() if not is_sharded(p)]
             flat = torch.cat([_gradient(p).flatten() for p in parameters])
             flat = processes.add(self.accelerator, flat)
             parts = torch.split(flat, [p.numel() for p in parameters])
@@ -208,14 +210,17 @@ class Training:
     @torch.no_grad()
     def _validate(self) -> None:
         """Measure the student as it would be stored; keep it if it is the best so far."""
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        mine = torch.arange(len(self.rows), len(self.tokens))[rank::world]
+        mine = torch.arange(len(self.rows), len(self.tokens))
+        is_shared = self.config.sharding == "none"  # else all processes run all blocks together
+        if is_shared:
+            mine = mine[self.accelerator.process_index :: self.accelerator.num_processes]
         sums = torch.zeros(3, dtype=torch.float64, device=self.pupils.student.device)
         with _as_stored(self.pupils.slots):
             for part in Batch(self.tokens[mine], mine).split(self.config.micro_batch_tokens):
                 sums += self.objective.held_out_sums(part)
         count = self.held_out_count * self.tokens.shape[1]
-        found = HeldOut(*(processes.add(self.accelerator, sums) / count).tolist())
+        sums = processes.add(self.accelerator, sums) if is_shared else sums
+        found = HeldOut(*(sums / count).tolist())
         progress = self.progress
         progress.validation.append([progress.step, found.kl])
         if found.kl < progress.best_kl:
@@ -241,10 +246,11 @@ class Training:
         """Everything that `restore` needs besides `progress`."""
         found = {f"best/{key}": t for key, t in self.best.items()}
         for key, parameter in self.trained.items():
-            found[f"value/{key}"] = parameter.detach()
+            found[f"value/{key}"] = whole_tensor(parameter.detach())
             for name in MOMENTS:
                 moment = self.optimizer.state[parameter].get(name)
-                found[f"{name}/{key}"] = torch.zeros_like(parameter) if moment is None else moment
+                known = torch.zeros_like(parameter) if moment is None else moment
+                found[f"{name}/{key}"] = whole_tensor(known)
         return found
 
     @torch.no_grad()
@@ -253,9 +259,9 @@ class Training:
         self.progress = progress
         self.best = {slot.key: tensors[f"best/{slot.key}"] for slot in self.pupils.slots}
         for key, parameter in self.trained.items():
-            parameter.copy_(tensors[f"value/{key}"])
+            parameter.copy_(shaped_like(tensors[f"value/{key}"], parameter))
             state: dict[str, Any] = {
-                n: tensors[f"{n}/{key}"].clone().to(parameter.device) for n in MOMENTS
+                n: shaped_like(tensors[f"{n}/{key}"].clone(), parameter) for n in MOMENTS
             }
             state["step"] = torch.tensor(float(progress.step))
             if progress.step:
@@ -279,11 +285,13 @@ def held_out_rows(count: int, config: DistillConfig) -> int:
 
 
 def _groups(slots: list[Slot], others: list[nn.Parameter]) -> list[dict[str, Any]]:
+    """Parameters by their rate; sharded ones apart, as the optimizer's loops do not mix them."""
     rates = {"scale": SCALE_RATE, "latent": LATENT_RATE}
-    kinds: dict[float, list[nn.Parameter]] = {SCALE_RATE: [], LATENT_RATE: [], 1.0: others}
+    kinds: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, False): others}
     for slot in slots:
-        kinds[rates.get(slot.kind, 1.0)].append(slot.parameter)
-    return [{"params": mine, "rate": rate} for rate, mine in kinds.items() if mine]
+        kind = rates.get(slot.kind, 1.0), is_sharded(slot.parameter)
+        kinds.setdefault(kind, []).append(slot.parameter)
+    return [{"params": mine, "rate": rate} for (rate, _), mine in kinds.items() if mine]
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
