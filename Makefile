@@ -6,7 +6,7 @@ WORKERS ?= 2
 PEERS ?= build
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test check format bench bench-cpu bench-peers reference-model clean
+.PHONY: install demo test check format bench bench-cpu bench-gpu bench-peers reference-model clean
 
 install: $(VENV)/.installed
 

@@ -133,6 +133,26 @@ def attention_error(device, kind, dtype, window):
     return distance(y, torch.stack(exact))
 
 
+def served_error(device):
+    """The engine's decode attention through the kernel against its own way on a CPU."""
+    from compressor.serve.attention import KVCache, LayerShape, PagedBatch, Rule
+    from compressor_kernels import gpu
+
+    torch.manual_seed(0)
+    cache = KVCache({0: LayerShape(2, 32, 32)}, 64, dtype=torch.float16, device=torch.device("cpu"))
+    cache.keys[0].normal_()
+    cache.values[0].normal_()
+    slots, lengths = torch.randperm(64)[:60].view(3, 20), torch.tensor([1, 20, 13])
+    q, rule = torch.randn(4, 3, 32).half(), Rule(0.2, window=8)
+    batch = PagedBatch(cache, slots[:, 0], slots, lengths, [])
+    exact = batch._decode(q.float(), cache.keys[0].float(), cache.values[0].float(), rule)
+    pools = (cache.keys[0].to(device), cache.values[0].to(device))
+    contexts = (slots.to(device), lengths.to(device))
+    rows = q.transpose(0, 1).to(device)
+    assert not gpu.attends(q, cache.keys[0], cache.values[0])  # there is no GPU pool here
+    return distance(gpu.attend(rows, pools, contexts, scale=0.2, window=8), exact.double())
+
+
 def experts_error(device, kind, group, symmetric):
     """Experts with no, one and many choices."""
     import test_kernels_dequant_gemm as products
@@ -163,6 +183,7 @@ CASES = [
     *[(w8a8_error, (dtype,), 1e-6) for dtype in DTYPES],
     *[(attention_error, (k, "float16", None), 2e-3) for k in (None, "int8", "int4", "e4m3")],
     (attention_error, ("int8", "bfloat16", 40), 6e-3),
+    (served_error, (), 2e-3),
     (experts_error, ("int4", 64, True), 1e-3),
     (experts_error, ("e2m1", 16, True), 1e-3),
     (experts_error, ("int8", -1, False), 1e-3),
@@ -180,7 +201,8 @@ def interpreted():
     if triton.__version__ < "3.7":
         pytest.skip("the interpreter of Triton 3.6 breaks with numpy 2.4")
     threads = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
-    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    top = Path(__file__).parents[1]
+    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent), str(top), str(top / "eval")])
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         env={**os.environ, **threads, "PYTHONPATH": paths},

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressor.errors import UnsupportedError
-from compressor_kernels import native
+from compressor_kernels import gpu, native
 from compressor_kernels.native_block import Contexts, attend
 
 IMPLEMENTATION = "compressor_paged"
@@ -232,6 +232,10 @@ class PagedBatch:
             rows = q[:, :num_decodes].transpose(0, 1).contiguous()
             contexts = Contexts(self.decode_slots, self.decode_lengths)
             return attend(rows, (keys, values), contexts, scale=rule.scale, window=rule.window)
+        if rule.softcap is None and rule.sinks is None and gpu.attends(q, keys, values):
+            rows = q[:, :num_decodes].transpose(0, 1)
+            place = (self.decode_slots, self.decode_lengths)
+            return gpu.attend(rows, (keys, values), place, scale=rule.scale, window=rule.window)
         k = keys[self.decode_slots].transpose(1, 2)
         v = values[self.decode_slots].transpose(1, 2)
         heads = q[:, :num_decodes].transpose(0, 1)  # [D, H, E]

@@ -75,3 +75,32 @@ def apply(x: Tensor, weight: PlanarWeight) -> Tensor:
     if x.dtype in (torch.bfloat16, torch.float16):
         return dequant_gemm(x, weight)
     return x @ dequantize_planar(weight, torch.float32).to(x.dtype).t()
+
+
+def attends(q: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether the Triton kernel computes decode attention over these pools: 16-bit, on a GPU."""
+    size = q.shape[-1]
+    is_known = q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16)
+    same = keys.shape == values.shape and keys.dtype == values.dtype == q.dtype
+    return is_known and same and size >= 16 and size & (size - 1) == 0
+
+
+def attend(
+    q: Tensor,
+    pools: tuple[Tensor, Tensor],
+    contexts: tuple[Tensor, Tensor],
+    *,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """Decode attention: q [D, H, E], pools [S, K, E] of keys and values -> [D, H, E].
+
+    contexts: slots [D, L] of each sequence and lengths [D]; a page is one slot here.
+    """
+    from compressor_kernels.paged_attention import Pages, paged_attention
+    from compressor_kernels.store_kv import KVPool
+
+    keys, values = (KVPool(pool, None, None) for pool in pools)
+    slots, lengths = contexts
+    pages = Pages(slots.int(), lengths.int(), 1)
+    return paged_attention(q, (keys, values), pages, scale=scale, window=window)
