@@ -132,6 +132,11 @@ def test_only_formats_that_every_engine_loads_are_candidates(
     assert set(legal_candidates(config)) == legal
 
 
+def test_candidates_that_are_the_same_format_count_once() -> None:
+    config = QuantizeConfig(kind="quantize", group_size=32, candidates=["W3A16", "W3A16@32"])
+    assert legal_candidates(config) == ["W3A16"]
+
+
 def test_no_legal_candidate_is_refused() -> None:
     config = QuantizeConfig(kind="quantize", candidates=["W2A16", "BF16"], engines=["sglang"])
     with pytest.raises(RecipeError, match="no candidate"):

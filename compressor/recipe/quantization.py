@@ -99,7 +99,7 @@ class QuantizeConfig(Part):
     )
     budget: Budget | None = None
     candidates: Annotated[list[Candidate], Field(min_length=1)] = [
-        "W2A16", "W3A16", "W4A16", "W8A16", "BF16",
+        "W2A16", "W2A16@32", "W3A16", "W3A16@32", "W4A16", "W4A16@32", "W8A16", "BF16",
     ]  # fmt: skip
     scores: Literal["auto", "output_fisher", "swap_in_kl"] = "auto"
     engines: list[Literal["transformers", "vllm", "sglang", "ours"]] = ["ours", "transformers"]

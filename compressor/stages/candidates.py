@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from compressor.artifact.formats import LayerFormat
 from compressor.errors import RecipeError
-from compressor.recipe import KEEP, QuantizeConfig, candidate_preset, loads
+from compressor.recipe import KEEP, Preset, QuantizeConfig, candidate_preset, loads
 from compressor.stages.context import StageContext
 from compressor.stages.costs import Limits
 from compressor.stages.selection import (
@@ -117,12 +117,17 @@ def unit_targets(selection: Selection) -> dict[str, list[Target]]:
 
 
 def legal_candidates(config: QuantizeConfig) -> list[str]:
-    """The candidates that every engine of the recipe can load.
+    """The candidates that every engine of the recipe can load; one label for each format.
 
     Raises:
         RecipeError: none is left.
     """
-    legal: list[str] = [label for label in config.candidates if _is_legal(label, config)]
+    group = config.preset.group_size
+    first: dict[Preset | None, str] = {}
+    for label in config.candidates:
+        if _is_legal(label, config):
+            first.setdefault(candidate_preset(label, group), label)
+    legal = list(first.values())
     if not [label for label in legal if label != KEEP]:
         raise RecipeError(
             "no candidate format is legal for every engine named",
@@ -139,8 +144,7 @@ def _is_legal(label: str, config: QuantizeConfig) -> bool:
 
 
 def _notes(config: QuantizeConfig) -> list[str]:
-    legal = legal_candidates(config)
-    illegal = [c for c in config.candidates if c not in legal]
+    illegal = [c for c in config.candidates if not _is_legal(c, config)]
     return [f"{c} is no candidate: not every engine loads it" for c in illegal]
 
 
