@@ -357,3 +357,46 @@ def test_shared_out_zeros_are_counted_exactly_and_no_fewer_than_asked(
 def test_levels_lie_around_the_sparsity_and_below_one() -> None:
     assert levels(0.5) == [0.3, 0.4, 0.5, 0.6, 0.7]
     assert max(levels(0.9)) < 1
+
+
+def without_last_channels(model: Path, path: Path, count: int) -> Path:
+    """A copy of a model that never uses the last channels of its residual stream."""
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    stream = [loaded.model.embed_tokens.weight]
+    for layer in loaded.model.layers:
+        stream += [layer.self_attn.o_proj.weight.T, layer.mlp.down_proj.weight.T]
+    for weight in stream:
+        weight.data[:, -count:] = 0
+    loaded.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
+def test_channels_of_the_stream_that_nobody_writes_go_without_loss(
+    tiny_models: Models, tmp_path: Path, name: str
+) -> None:
+    bench = Bench(without_last_channels(tiny_models(name), tmp_path / "m", 16), tmp_path / "run")
+    bench.tokens = token_rows(24, 32)
+    report = bench.apply(bench.original, "prune", width=Width(hidden=0.75))
+    assert report.state.config["hidden_size"] == 48
+    assert report.facts["held_out_kl"] < 1e-4
+    model = AutoModelForCausalLM.from_pretrained(export(report.state, tmp_path / "out")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(TOKENS).logits, logits(report.state, TOKENS))
+
+
+def test_resolving_helps_a_narrower_stream(tiny_models: Models, tmp_path: Path) -> None:
+    bench = Bench(tiny_models("llama"), tmp_path / "run")
+    bench.tokens = token_rows(48, 32)
+    plain = bench.apply(bench.original, "prune", width=Width(hidden=56), reconstruct=False)
+    solved = bench.apply(bench.original, "prune", width=Width(hidden=56))
+    assert solved.facts["held_out_kl"] < plain.facts["held_out_kl"]
+
+
+@pytest.mark.parametrize(("name", "count"), [("gemma2", 48), ("mixtral", 48), ("llama", 64)])
+def test_hidden_sizes_that_cannot_be_had_are_refused(
+    tiny_models: Models, tmp_path: Path, name: str, count: int
+) -> None:
+    bench = Bench(tiny_models(name), tmp_path / "run")
+    with pytest.raises(CompressError, match=r"hidden size|cannot be narrowed"):
+        bench.apply(bench.original, "prune", width=Width(hidden=count))

@@ -19,14 +19,16 @@ class Width(Part):
 
     mlp: KeptFraction | PositiveInt | None = None
     kv_groups: KeptFraction | PositiveInt | None = None
+    hidden: KeptFraction | PositiveInt | None = None
     experts: KeptFraction | PositiveInt | None = None
 
     @model_validator(mode="after")
     def _something(self) -> Self:
-        if self.experts is not None and (self.mlp, self.kv_groups) != (None, None):
-            raise ValueError("experts go in a prune stage of their own")
-        if not self.model_dump(exclude_none=True):
-            raise ValueError("give mlp, kv_groups or both, or experts")
+        given = set(self.model_dump(exclude_none=True))
+        if not given:
+            raise ValueError("give mlp, kv_groups or both, or hidden, or experts")
+        if len(given) > 1 and given & {"hidden", "experts"}:
+            raise ValueError("hidden and experts each go in a prune stage of their own")
         return self
 
 

@@ -17,7 +17,7 @@ Legend: I inputs of the linear, D width of the residual stream, E squared norm o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +33,12 @@ from compressor.stages.statistics import calibration_rows
 
 RIDGES = (0.001, 0.01, 0.1, 1.0, 10.0)  # of the mean of diag H
 TESTED = 4  # one row in four chooses the ridge
+
+
+class Rows(Protocol):
+    """Something that gives activations [B, T, D] of some rows."""
+
+    def read(self, rows: slice) -> Tensor: ...
 
 
 def repair_depth(
@@ -56,7 +62,7 @@ def repair_depth(
         if not context.run.is_done(unit):
             source = after.read_block(position, short.skeleton)
             block = load_block(short.skeleton, position, source)
-            found = _mend(short, block, position, (wanted, seen))
+            found = mend(short, block, position, (wanted, seen))
             stored = block_tensors(block, source)
             context.run.commit(unit, stored.tensors, {**stored.meta(), "facts": found})
         meta = context.run.meta(unit)
@@ -71,10 +77,13 @@ def repair_depth(
 
 
 @torch.no_grad()
-def _mend(
-    walk: Walk, block: Block, position: int, streams: tuple[ActivationStore, ActivationStore]
+def mend(
+    walk: Walk, block: Block, position: int, streams: tuple[Rows, ActivationStore]
 ) -> dict[str, Any]:
-    """Change the block's last linear in place; facts by its name, empty if there is none."""
+    """Change the block's last linear in place; facts by its name, empty if there is none.
+
+    streams: what the block should give, and what goes into it.
+    """
     wanted, seen = streams
     name = _last_linear(walk, block, position, seen)
     if name is None:

@@ -14,7 +14,7 @@ quantization has happened so far, those dense weights are the original's, not th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -29,11 +29,13 @@ from compressor.errors import RecipeError
 from compressor.modeling.block import Block, block_tensors, load_block
 from compressor.modeling.linears import StoredLinear
 from compressor.modeling.state import BlockTensors, ModelState
-from compressor.recipe import PruneConfig, match_names
+from compressor.recipe import PruneConfig, Width, match_names
 from compressor.stages.blockwise import Rewritten, Sweep, change_blocks
 from compressor.stages.context import StageContext, StageReport
 from compressor.stages.prune_allocation import measured_shares
 from compressor.stages.prune_depth import prune_depth
+from compressor.stages.prune_experts import prune_experts
+from compressor.stages.prune_hidden import prune_hidden
 from compressor.stages.prune_linear import counts, mask_of, prune_linear
 from compressor.stages.prune_target import prune_to_target
 from compressor.stages.prune_width import prune_width
@@ -61,12 +63,18 @@ def apply(config: PruneConfig, context: StageContext) -> StageReport:
     if config.target is not None:
         report = prune_to_target(config, context)
     elif config.width is not None:
-        report = prune_width(config, context)
+        report = _narrower(config.width)(config, context)
     elif config.depth is not None:
         report = prune_depth(config, context)
     else:
         report = _prune_masks(config, context)
     return replace(report, state=replace(report.state, trail=(*context.state.trail, "prune")))
+
+
+def _narrower(width: Width) -> Callable[[PruneConfig, StageContext], StageReport]:
+    if width.experts is not None:
+        return prune_experts
+    return prune_width if width.hidden is None else prune_hidden
 
 
 def _is_data_free(config: PruneConfig) -> bool:

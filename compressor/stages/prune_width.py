@@ -36,7 +36,6 @@ from compressor.recipe import PruneConfig
 from compressor.stages.blockwise import Rewritten, Sweep
 from compressor.stages.context import StageContext, StageReport
 from compressor.stages.kept import kept_count
-from compressor.stages.prune_experts import prune_experts
 from compressor.stages.solve import Rounding, round_stack
 from compressor.stages.statistics import BlockStatistics, Collection, GroupStatistics
 
@@ -74,8 +73,6 @@ def prune_width(config: PruneConfig, context: StageContext) -> StageReport:
         RecipeError: a count that does not fit the model (RC17) or its stored groups (CK29).
         UnsupportedError: blocks that are not gated MLP plus separate q/k/v/o projections.
     """
-    if config.width is not None and config.width.experts is not None:
-        return prune_experts(config, context)
     before, after, done = narrowed(config, context)
     sizes = {"mlp": [before.channels, after.channels]}
     sizes["kv_groups"] = [before.kv_heads, after.kv_heads]
@@ -85,8 +82,8 @@ def prune_width(config: PruneConfig, context: StageContext) -> StageReport:
 
 def new_shape(config: PruneConfig, state: ModelState) -> tuple[Shape, Shape, dict[str, Any]]:
     """Sizes before and after, and the configuration after; raises as `prune_width`."""
-    before = _shape(state.config)
-    _check_structure(state.skeleton(), before)
+    before = block_shape(state.config)
+    check_structure(state.skeleton(), before)
     after = _wanted(config, before)
     return before, after, _new_config(config, state.config, before, after)
 
@@ -113,7 +110,8 @@ def narrowed(
     return before, after, sweep.run(rewrite, shape_of=replace(context.state, config=new_config))
 
 
-def _shape(config: dict[str, Any]) -> Shape:
+def block_shape(config: dict[str, Any]) -> Shape:
+    """Sizes of a block by its configuration."""
     parsed = parse_config(config)
     try:
         heads, hidden = parsed.num_attention_heads, parsed.hidden_size
@@ -124,7 +122,8 @@ def _shape(config: dict[str, Any]) -> Shape:
         raise _unsupported(str(config.get("model_type"))) from error
 
 
-def _check_structure(skeleton: Skeleton, shape: Shape) -> None:
+def check_structure(skeleton: Skeleton, shape: Shape) -> None:
+    """Raises UnsupportedError (CK26) for anything but gated MLP and separate q/k/v/o."""
     heads = shape.kv_heads * shape.group * shape.head_dim
     rows = {Q: heads, K: shape.kv_heads * shape.head_dim, V: shape.kv_heads * shape.head_dim}
     rows |= {GATE: shape.channels, UP: shape.channels}
@@ -183,9 +182,9 @@ def _new_config(
         new["intermediate_size"] = after.channels
     if after.kv_heads != before.kv_heads:
         new |= _heads(before, after.kv_heads)
-        if not _is_legal(new):
+        if not is_legal(new):
             counts = range(1, before.kv_heads)
-            legal = [n for n in counts if _is_legal({**new, **_heads(before, n)})]
+            legal = [n for n in counts if is_legal({**new, **_heads(before, n)})]
             raise RecipeError(
                 f"{new['model_type']} does not allow {new['num_attention_heads']} heads "
                 f"with hidden size {new.get('hidden_size')}",
@@ -204,7 +203,7 @@ def _heads(before: Shape, kv_heads: int) -> dict[str, int]:
     }
 
 
-def _is_legal(config: dict[str, Any]) -> bool:
+def is_legal(config: dict[str, Any]) -> bool:
     """Whether transformers accepts the configuration (its classes check the heads)."""
     try:
         parse_config(config)
