@@ -138,7 +138,7 @@ def _plain(job: dict[str, Any], tokens: torch.Tensor) -> tuple[list[float], list
         found = functional.log_softmax(student(batch).logits, dim=-1)
         loss = functional.kl_div(found, wanted, log_target=True, reduction="sum") / batch.numel()
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(student.parameters(), CLIP)
         optimizer.step()
         losses.append(loss.item())
@@ -171,7 +171,7 @@ def _ours(job: dict[str, Any], tokens: torch.Tensor) -> tuple[list[float], list[
             config.model_dump(exclude_unset=True) | {"teacher": kept}
         )
         key = key_of(config, "", tokens, held_out=held_out_rows(len(tokens), config), seed=0)
-        cache = TeacherCache(kept["cache"], key)
+        cache = TeacherCache(config.teacher.cache, key)
         if not cache.is_whole():
             cache.fill(WholeModel(states[0]), tokens, lambda index, total: None)
     teacher = WholeModel(states[0], with_blocks=cache is None)

@@ -98,7 +98,7 @@ def wait_for(condition: Callable[[], Any]) -> Any:
 
 def rank_of(process: psutil.Process) -> str:
     try:
-        return process.environ().get("RANK", "")
+        return str(process.environ().get("RANK", ""))
     except psutil.Error:
         return ""
 

@@ -42,7 +42,7 @@ def join() -> Accelerator:
 
 def count() -> int:
     """How many processes train together."""
-    return join().num_processes
+    return int(join().num_processes)
 
 
 def is_follower() -> bool:
