@@ -109,7 +109,7 @@ def attention_error(device, kind, dtype, window):
     from compressor_kernels.store_kv import KVPool, store_kv
 
     torch.manual_seed(0)
-    number, lengths = getattr(torch, dtype), [1, 90]
+    number, lengths = getattr(torch, dtype), [1, 70]
     pools = [
         KVPool.empty((160, 2, 64), kind, dtype=number, device=torch.device(device))
         for _ in range(2)
