@@ -101,14 +101,14 @@ def to_planar(
         raise ValueError(f"group_size must be one of {GROUP_SIZES}, got {group_size}")
     shape = (codes.shape[0], codes.shape[1])
     block_k = columns_a_plane(kind, group_size) * LAYOUTS[kind].num_planes
-    scale_kind, scales = "float", _tile_groups(scale, shape, group_size, block_k)
+    scale_kind, scales = "float", tile_groups(scale, shape, group_size, block_k)
     if scale.dtype == torch.uint8:
         scale_kind = {16: "e5m3", 32: "e8m0"}[group_size]
         scales = _four_bytes(scales)
     return PlanarWeight(
         words=pack_words(codes, kind, group_size),
         scales=scales,
-        zeros=None if zero_point is None else _tile_groups(zero_point, shape, group_size, block_k),
+        zeros=None if zero_point is None else tile_groups(zero_point, shape, group_size, block_k),
         shape=shape,
         group_size=group_size,
         kind=kind,
@@ -202,7 +202,7 @@ def interleave_gate_up(gate: Tensor, up: Tensor) -> Tensor:
     return torch.stack(halves, dim=1).reshape(2 * gate.shape[0], *gate.shape[1:])
 
 
-def _tile_groups(values: Tensor, shape: tuple[int, int], group_size: int, block_k: int) -> Tensor:
+def tile_groups(values: Tensor, shape: tuple[int, int], group_size: int, block_k: int) -> Tensor:
     """[N, G] -> [N/BN, S, BN], zero padded."""
     rows = tiles(shape, block_k)[0]
     groups = padded_groups(shape[1], group_size, block_k)
