@@ -53,9 +53,11 @@ def main(arguments: list[str]) -> None:
     sizes = {n: getattr(options, n) for n in ("rows", "length", "steps", "repetitions")}
     body: dict[str, Any] = sizes | {"threads": os.environ.get("OMP_NUM_THREADS", "")}
     body["load_before"] = os.getloadavg()[0]
-    body["vocabularies"] = {v: _compared(v, sizes) for v in options.vocabularies}
-    body["load_after"] = os.getloadavg()[0]
-    options.out.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
+    body["vocabularies"] = {}
+    for vocabulary in options.vocabularies:
+        body["vocabularies"][vocabulary] = _compared(vocabulary, sizes)
+        body["load_after"] = os.getloadavg()[0]
+        options.out.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(json.dumps(body, indent=1) + "\n")
 
 
