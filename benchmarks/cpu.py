@@ -123,7 +123,7 @@ def _gguf(options: argparse.Namespace, shape: Shape, folder: Path) -> Path | Non
 def _ours(folder: Path) -> Row:
     """`compress bench --offline` in a process of its own: one sequence."""
     words = ["bench", str(folder), "--offline", "--json", "--concurrency", "1"]
-    words += ["--num-requests", "3", "--prompt-tokens", "128", "--output-tokens", "33"]
+    words += ["--num-requests", "2", "--prompt-tokens", "128", "--output-tokens", "17"]
     code = "import sys; from compressor.cli.app import main; sys.argv[0] = 'compress'; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, *words], capture_output=True, text=True, check=True
@@ -133,7 +133,7 @@ def _ours(folder: Path) -> Row:
 
 
 def _llama_bench(binary: Path, gguf: Path, threads: int) -> Row:
-    words = ["-m", str(gguf), "-t", str(threads), "-p", "128", "-n", "32", "-r", "3", "-o", "json"]
+    words = ["-m", str(gguf), "-t", str(threads), "-p", "128", "-n", "16", "-r", "2", "-o", "json"]
     done = subprocess.run([str(binary), *words], capture_output=True, text=True, check=True)
     kinds = {"prefill" if row["n_prompt"] else "decode": row for row in json.loads(done.stdout)}
     return {kind: median(row["samples_ts"]) for kind, row in kinds.items()}
@@ -185,7 +185,7 @@ def markdown(body: Row) -> str:
 
 def _model_table(summary: Row) -> str:
     lines = [
-        "## Llama 1.1 B, 4.5 bits a weight, one sequence of 128 + 32 tokens\n",
+        "## Llama 1.1 B, 4.5 bits a weight, one sequence of 128 + 16 tokens\n",
         "| | prefill tok/s | decode tok/s | weights GB/s |\n|---|---:|---:|---:|",
     ]
     for name in ("ours", "llama.cpp"):

@@ -1,6 +1,8 @@
 """The C kernels give the reference's products, and their absence is told, not suffered."""
 
+import ctypes
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from compressor_kernels.dispatch import LinearSpec, plan_for
 from compressor_kernels.reference import dequantize_checkpoint
 from tests.test_kernels_dispatch import checkpoint
 
-SHAPES = [(361, 172), (64, 352), (128, 256)]
+SHAPES = [(361, 172), (128, 256)]
 GCC = shutil.which("gcc")
 needs_library = pytest.mark.skipif(native.library() is None, reason=native.reason())
 needs_gcc = pytest.mark.skipif(GCC is None, reason="no gcc")
@@ -41,25 +43,25 @@ def relative_error(spec, rows, scale_dtype=torch.bfloat16):
 
 @needs_library
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
+@pytest.mark.parametrize("group_size", [32, 64, -1])
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_exact_products_are_those_of_the_reference(bits, group_size, symmetric):
     for shape in SHAPES:
         spec = LinearSpec(bits, group_size, symmetric, shape)
         assert plan_for("cpu", spec).name == "native"
-        for rows in (1, 2, 3, 15, 65):
+        for rows in (1, 15, 97):
             assert relative_error(spec, rows) < 2e-6, (shape, rows)
 
 
 @needs_library
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
+@pytest.mark.parametrize("group_size", [32, 64, -1])
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_rounded_products_are_those_of_rounded_activations(bits, group_size, symmetric):
     for shape in SHAPES:
         spec = LinearSpec(bits, group_size, symmetric, shape, rounds=True)
         assert plan_for("cpu", spec).name == "native-int8"
-        for rows in (1, 3, 65):  # now and then a code at the edge of two falls to the other side
+        for rows in (1, 9):  # now and then a code at the edge of two falls to the other side
             assert relative_error(spec, rows) < 3e-3, (shape, rows)
 
 
@@ -161,9 +163,11 @@ def test_a_compiler_that_fails_is_quoted(fresh, monkeypatch):
 @needs_gcc
 def test_a_library_that_computes_wrongly_is_not_used(fresh, monkeypatch):
     sources = fresh / "native"
-    shutil.copytree(native.SOURCES, sources)
-    code = (sources / "linear.c").read_text()
-    (sources / "linear.c").write_text(code.replace("sums[k * count + m] = total", "(void)total"))
+    sources.mkdir()
+    names = "linear expand pack block_in block_out attend decode".split()
+    empty = "".join(f"void {name}(void) {{}}\n" for name in names)
+    more = 'const char *isa(void) { return "none"; }\nint lanes(void) { return 8; }\n'
+    (sources / "empty.c").write_text(empty + more)
     monkeypatch.setattr(native, "SOURCES", sources)
     assert native.library() is None
     assert "wrong products" in native.reason()
@@ -203,16 +207,41 @@ def test_other_sources_or_flags_make_another_library(fresh, monkeypatch):
     [
         (["-mavx512f", "-mavx512bw", "-mavx512vnni", "-mfma"], "vpdpbusd"),
         (["-mavx2", "-mfma"], "vpmaddubsw"),
-        (["-msse2"], "mulps"),
     ],
-    ids=["AVX-512 VNNI", "AVX2", "plain C"],
+    ids=["AVX-512 VNNI", "AVX2"],
 )
 def test_every_x86_path_compiles_to_its_instructions(flags, expected, tmp_path):
-    out = tmp_path / "linear.s"
-    files = [str(native.SOURCES / "linear.c"), "-o", str(out)]
-    base = [GCC, "-std=gnu11", "-O1", "-fopenmp", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-S"]
-    subprocess.run([*base, "-march=x86-64", *flags, *files], check=True, timeout=120)
-    assert expected in out.read_text()
+    out = compiled_with(GCC, ["-march=x86-64", *flags], tmp_path)
+    assert expected in out
+
+
+ARM = shutil.which("aarch64-linux-gnu-gcc")
+
+
+@pytest.mark.skipif(ARM is None, reason="no compiler for aarch64")
+def test_the_arm_path_compiles_to_its_instructions(tmp_path):
+    assert "sdot" in compiled_with(ARM, ["-march=armv8.2-a+dotprod"], tmp_path)
+
+
+def compiled_with(compiler, flags, folder):
+    """The assembly of linear.c, without a warning."""
+    out = folder / "linear.s"
+    base = [compiler, "-std=gnu11", "-O1", "-fopenmp", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
+    files = ["-S", str(native.SOURCES / "linear.c"), "-o", str(out)]
+    subprocess.run([*base, *flags, *files], check=True, timeout=120)
+    return out.read_text()
+
+
+@needs_gcc
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86")
+def test_the_path_without_vector_instructions_is_right_too(tmp_path):
+    out = tmp_path / "plain.so"
+    command = [GCC, "-std=gnu11", "-O1", "-march=x86-64", "-Wno-psabi", "-shared", "-fPIC"]
+    files = [str(f) for f in native.SOURCES.glob("*.c")]
+    subprocess.run([*command, *files, "-o", str(out), "-lm"], check=True, timeout=120)
+    library = native._declare(ctypes.CDLL(str(out)))
+    assert library.isa() == b"plain C"
+    assert native._is_right(library)
 
 
 @needs_library
