@@ -46,6 +46,16 @@ def test_patterns_hold_in_every_group_of_a_bf16_model_after_storage(
         assert int((weight == 0).sum()) == weight.numel() // 2
 
 
+@pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
+def test_counts_are_exact_in_the_stored_bf16_weights(tmp_path: Path, method: str) -> None:
+    bench = Bench(build("llama", tmp_path / "model", dtype="bfloat16"), tmp_path / "run")
+    report = bench.apply(bench.original, "prune", method=method, sparsity=0.25)
+    AutoModelForCausalLM.from_pretrained(export(report.state, tmp_path / "out"))
+    for weight in weights(report.state).values():
+        assert weight.dtype == torch.bfloat16
+        assert int((weight == 0).sum()) == weight.numel() // 4
+
+
 def test_experts_are_pruned_to_the_exact_count(tiny_models: Models, tmp_path: Path) -> None:
     bench = Bench(tiny_models("qwen3_moe"), tmp_path / "run")
     report = bench.apply(bench.original, "prune", pattern="2:4")

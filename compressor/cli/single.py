@@ -69,11 +69,11 @@ def quantize(
 
 def prune(
     model: Annotated[str, typer.Argument(help="Folder, hub id or `reference`.")],
-    method: Annotated[str | None, typer.Option(help="sparsegpt, wanda or magnitude.")] = None,
+    method: Annotated[str | None, typer.Option(help="sparsegpt, wanda, ria or magnitude.")] = None,
     sparsity: Annotated[float | None, typer.Option(help="Fraction of weights to drop.")] = None,
     pattern: Annotated[str | None, typer.Option(help="2:4 or 4:8.")] = None,
     width: Annotated[
-        list[str] | None, typer.Option(help="mlp=0.75 or kv_groups=2: what stays.")
+        list[str] | None, typer.Option(help="mlp=0.75, kv_groups=2, hidden=0.75, experts=8.")
     ] = None,
     depth: Annotated[str | None, typer.Option(help="0.75, 6 or [0,1,5]: blocks that stay.")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Layers to leave alone.")] = None,
