@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from compressor.cli.app import run_command
+from compressor.errors import UsageError
 from compressor.modeling.load import load_model
 from compressor.serve.engine import LLMEngine
 from compressor.serve.offline import LLM
@@ -66,3 +67,8 @@ def test_other_dtypes_and_architectures_are_left_to_transformers(artifact):
         engine = LLMEngine(loaded.model, None, ServeOptions(num_blocks=64))
         assert engine.runner.stack is None
         engine.close()
+
+
+def test_unknown_activations_are_refused():
+    with pytest.raises(UsageError, match="cpu_activations 'int4' is none of auto, int8, float"):
+        ServeOptions(cpu_activations="int4")
