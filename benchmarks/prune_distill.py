@@ -200,6 +200,7 @@ def _protocol(
         "evaluation": [subject.evaluation.name, held_out[:16]],
         "training": {
             "text": training.text.name,
+            "packing": "joined",
             "tokens": training.tokens,
             "steps": training.steps,
             "rows of a step": training.batch_size,
