@@ -124,8 +124,11 @@ def _resident() -> int:
 
 def _plain(job: dict[str, Any], tokens: torch.Tensor) -> tuple[list[float], list[float], int]:
     """The usual loop; losses, times after each step, resident bytes with models and moments."""
+    from compressor.recipe import DistillConfig
     from compressor.stages.schedule import batch_rows
+    from compressor.stages.training import held_out_rows
 
+    trained = len(tokens) - held_out_rows(len(tokens), DistillConfig(kind="distill"))
     folder = Path(job["folder"])
     teacher, student = (
         AutoModelForCausalLM.from_pretrained(folder / n, dtype=torch.float32)
@@ -134,7 +137,7 @@ def _plain(job: dict[str, Any], tokens: torch.Tensor) -> tuple[list[float], list
     optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     losses, times, loaded = [], [], 0
     for step in range(job["steps"]):
-        batch = tokens[batch_rows(step, job["rows"], len(tokens) - 8, 0)]
+        batch = tokens[batch_rows(step, job["rows"], trained, 0)]
         with torch.no_grad():
             wanted = functional.log_softmax(teacher(batch).logits, dim=-1)
         found = functional.log_softmax(student(batch).logits, dim=-1)
