@@ -33,6 +33,8 @@ def wheel_names(tmp_path_factory):
         "compressor/cli/app.py",
         "compressor_kernels/dequant_gemm.py",
         "compressor_kernels/configs.json",
+        "compressor_kernels/native/linear.c",
+        "compressor_kernels/native/simd.h",
         "compressor_eval/templates/report.html.j2",
         "compressor/reference_model/base/model.safetensors",
         "compressor/reference_model/draft/tokenizer.json",

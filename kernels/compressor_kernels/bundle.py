@@ -2,7 +2,7 @@
 
 `artifact_bundle` writes, for the layer shapes of one model:
 
-    source/*.py, source/configs.json   the kernel package as it was
+    source/*   the kernel package as it was: Python, C, configs.json
     launch.json                        configuration per architecture, layer shape and M bucket
     binaries/<arch>/*                  compiled kernels
     compiled.json                      registers, spills, instructions a loop of each binary
@@ -36,8 +36,9 @@ class BundleError(RuntimeError):
 
 def kernel_sources() -> dict[str, bytes]:
     """Name -> bytes of every source file of the installed package, in order of name."""
-    entries = [item for item in files("compressor_kernels").iterdir() if item.is_file()]
-    wanted = [item for item in entries if item.name.endswith((".py", ".json"))]
+    package = files("compressor_kernels")
+    entries = [*package.iterdir(), *package.joinpath("native").iterdir()]
+    wanted = [item for item in entries if item.name.endswith((".py", ".json", ".c", ".h"))]
     return {item.name: item.read_bytes() for item in sorted(wanted, key=lambda item: item.name)}
 
 
