@@ -97,13 +97,13 @@ def _copies(nbytes: int) -> int:
 def _read() -> Candidate:
     size = 8 << 20
     data = torch.ones(_copies(size), size // 4)
-    return Candidate(size, [lambda row=row: row.sum() for row in data])  # type: ignore[misc]
+    return Candidate(size, [lambda row=row: row.sum() for row in data])
 
 
 def _dense(shape: tuple[int, int], x: Tensor) -> Candidate:
     size = shape[0] * shape[1] * x.itemsize
     weights = [torch.randn(shape).to(x.dtype) for _ in range(_copies(size))]
-    return Candidate(size, [lambda w=w: torch.nn.functional.linear(x, w) for w in weights])  # type: ignore[misc]
+    return Candidate(size, [lambda w=w: torch.nn.functional.linear(x, w) for w in weights])
 
 
 def _compiled(shape: tuple[int, int], x: Tensor) -> Candidate:
@@ -115,7 +115,7 @@ def _compiled(shape: tuple[int, int], x: Tensor) -> Candidate:
     for _ in range(2):
         linear = torch.nn.Linear(shape[1], shape[0], bias=False, dtype=x.dtype).eval()
         compiled = torch.compile(linear)
-        calls.append(torch.no_grad()(lambda f=compiled: f(x)))  # type: ignore[misc]
+        calls.append(torch.no_grad()(lambda f=compiled: f(x)))
     for call in calls:
         call()
     return Candidate(shape[0] * shape[1] * x.itemsize, calls)
@@ -128,7 +128,7 @@ def _torch_int4(shape: tuple[int, int], x: Tensor) -> Candidate:
     copies = [{n: t.clone() for n, t in packed.items()} for _ in range(_copies(size))]
     op = torch.ops.aten._weight_int4pack_mm_for_cpu
     nbytes = sum(t.nbytes for t in packed.values())
-    return Candidate(nbytes, [lambda c=c: op(x, c["words"], GROUP, c["scale"]) for c in copies])  # type: ignore[misc]
+    return Candidate(nbytes, [lambda c=c: op(x, c["words"], GROUP, c["scale"]) for c in copies])
 
 
 def _torch_int8(shape: tuple[int, int], x: Tensor) -> Candidate:
@@ -136,7 +136,7 @@ def _torch_int8(shape: tuple[int, int], x: Tensor) -> Candidate:
     scale = torch.full((shape[0],), 0.003, dtype=torch.bfloat16)
     copies = [torch.randint(-128, 128, shape, dtype=torch.int8) for _ in range(_copies(size))]
     op = torch._weight_int8pack_mm
-    return Candidate(size, [lambda w=w: op(x, w, scale) for w in copies])  # type: ignore[misc]
+    return Candidate(size, [lambda w=w: op(x, w, scale) for w in copies])
 
 
 def _ours(bits: int, shape: tuple[int, int], x: Tensor, *, rounds: bool) -> Candidate:
@@ -152,4 +152,4 @@ def _ours(bits: int, shape: tuple[int, int], x: Tensor, *, rounds: bool) -> Cand
     )
     nbytes = plan.resident_bytes(resident)
     copies = [{n: t.clone() for n, t in resident.items()} for _ in range(_copies(nbytes))]
-    return Candidate(nbytes, [lambda r=r: plan.apply(x, r) for r in copies])  # type: ignore[misc]
+    return Candidate(nbytes, [lambda r=r: plan.apply(x, r) for r in copies])
