@@ -64,7 +64,7 @@ class Divergence:
     def of_logits(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The same from logits, [..., V] -> [...]."""
         if self.kind == "forward_kl":
-            value: Tensor = _ForwardKl.apply(student, teacher.detach(), self)
+            value: Tensor = _ForwardKl.apply(student, teacher.detach(), self)  # type: ignore[no-untyped-call]
             return value
         return self.between(
             self.log_probabilities(student), self.log_probabilities(teacher.detach())
@@ -86,9 +86,10 @@ class _ForwardKl(torch.autograd.Function):
         return value
 
     @staticmethod
-    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * (factor * ctx.temperature).unsqueeze(-1)).to(ctx.dtype), None, None
+        found: Tensor = gradient * (factor * ctx.temperature).unsqueeze(-1)
+        return found.to(ctx.dtype), None, None
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -137,7 +138,7 @@ class _ChunkedSum(torch.autograd.Function):
         return total.to(torch.promote_types(hidden.dtype, torch.float32))
 
     @staticmethod
-    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
         return (None, None, *(None if g is None else g * factor for g in ctx.gradients))
 
 
@@ -154,7 +155,7 @@ def chunked_sum(
     """
     trained = [p for p in shared if p.requires_grad]
     if torch.is_grad_enabled() and (hidden.requires_grad or trained):
-        total: Tensor = _ChunkedSum.apply(loss_of, tokens_per_chunk, hidden, *trained)
+        total: Tensor = _ChunkedSum.apply(loss_of, tokens_per_chunk, hidden, *trained)  # type: ignore[no-untyped-call]
         return total
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     for begin in range(0, len(hidden), tokens_per_chunk):
@@ -194,7 +195,7 @@ def attention_relation(student: Tensor, teacher: Tensor, *, heads: int) -> Tenso
 
 def _relation(x: Tensor, heads: int) -> Tensor:
     """Log-probabilities [B, R, S, S] of the relations of x [B, S, W]."""
-    slices = wide(x).unflatten(-1, (heads, -1)).transpose(1, 2)
+    slices = wide(x).reshape(*x.shape[:-1], heads, -1).transpose(1, 2)
     scores = slices @ slices.mT / math.sqrt(slices.shape[-1])
     later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
     return torch.log_softmax(scores.masked_fill(later, -torch.inf), dim=-1)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from compressor.errors import RecipeError
 from compressor.recipe.base import Part
 from compressor.recipe.distillation import DistillConfig
-from compressor.recipe.models import PruneConfig, Recipe
+from compressor.recipe.models import Recipe
 from compressor.recipe.patterns import check_patterns
 from compressor.recipe.presets import (
     LOADERS,
@@ -24,6 +24,7 @@ from compressor.recipe.presets import (
     loads,
     loads_embedding,
 )
+from compressor.recipe.pruning import PruneConfig
 from compressor.recipe.quantization import QuantizeConfig
 from compressor.recipe.transforms import TransformConfig
 

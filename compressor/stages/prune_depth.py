@@ -57,7 +57,8 @@ def prune_depth(config: PruneConfig, context: StageContext) -> StageReport:
         method, rounds = ranked(context, total - _count(config, total), config.ranking)
         gone = {entry["removed"] for entry in rounds}
         kept = [i for i in range(total) if i not in gone]
-    after, mended = keep_layers(state, kept), {}
+    mended: dict[str, Any] = {}
+    after = keep_layers(state, kept)
     if config.reconstruct:
         after, mended = repair_depth(context, after, kept)
     facts = {
