@@ -249,7 +249,7 @@ def test_flags_run_the_same_code_as_a_recipe(pipeline: Pipeline, capsys: Output)
     [
         (["quantize", "m", "--scheme", "W4A17"], "did you mean `W4A16`"),
         (["quantize", "m", "--average-bits", "1"], "at least 2.125"),
-        (["prune", "m"], "exactly one of sparsity, pattern, width and depth"),
+        (["prune", "m"], "exactly one of sparsity, pattern, width, depth and target"),
         (["prune", "m", "--width", "mlp"], "has no `=`"),
         (["prune", "m", "--depth", "[1"], "YAML syntax"),
         (["distill", "m", "--steps", "0"], "at least 1"),

@@ -73,7 +73,7 @@ def test_blocks_that_get_no_mask_are_refused(tiny_models: Models, tmp_path: Path
     skeleton.fill_outer(state.read_outer(skeleton), torch.float32)
     rows = packed()
     run = skeleton._run
-    skeleton._run = lambda tokens, mask, positions: run(tokens, mask, None)  # type: ignore[method-assign]
+    skeleton._run = lambda tokens, mask, positions, **_: run(tokens, mask, None)  # type: ignore[method-assign]
     with pytest.raises(UnsupportedError, match="cannot be kept") as caught:
         skeleton.enter(rows.tokens, positions=rows.positions)
     assert "packing: rows" in caught.value.fix

@@ -149,7 +149,10 @@ def choose(device: torch.device, spec: LinearSpec) -> tuple[str, str]:
         return "dense", f"no kernel for {spec.stored}: dequantized once, a dense product"
     if device.type != "cpu":
         return "planes", f"{spec.bits} bits on {device.type}: no kernel, dequantized at each call"
-    if native.takes(spec.bits, spec.group_size) and native.library() is not None:
+    # "int-quantized" layers round their inputs: sums in another order than torch's would move some
+    # of them to the next level, so those keep torch's product and give other engines' logits
+    packed = spec.stored == "pack-quantized"
+    if packed and native.takes(spec.bits, spec.group_size) and native.library() is not None:
         if spec.rounds:
             return "native-int8", f"{native.reason()}: activations rounded to eight bits"
         return "native", f"{native.reason()}: exact float32"
