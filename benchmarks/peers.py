@@ -97,11 +97,31 @@ def weights_of(model: Any) -> Weights:
     return {n: m.weight.data for n, m in _linears(model).items()}
 
 
+def oneshot_seconds(job: Job, model: Any, modifier: Any, pipeline: str) -> float:
+    """Let llm-compressor change a model by one modifier on the job's tokens."""
+    from datasets import Dataset
+    from llmcompressor import oneshot
+
+    tokens = torch.load(job["tokens"])
+    ones = torch.ones_like(tokens).tolist()
+    rows = Dataset.from_dict({"input_ids": tokens.tolist(), "attention_mask": ones})
+    start = time.monotonic()
+    oneshot(
+        model=model,
+        tokenizer=tokenizer_of(job),
+        dataset=rows,
+        recipe=modifier,
+        max_seq_length=tokens.shape[1],
+        num_calibration_samples=len(tokens),
+        shuffle_calibration_samples=False,
+        pipeline=pipeline,
+    )
+    return time.monotonic() - start
+
+
 def _llmcompressor(job: Job) -> tuple[float, Weights]:
     """llm-compressor: RTN, GPTQ, and GPTQ with the MSE observer instead of min-max."""
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-    from datasets import Dataset
-    from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
 
@@ -119,21 +139,8 @@ def _llmcompressor(job: Job) -> tuple[float, Weights]:
     modifier = (QuantizationModifier if is_rtn else GPTQModifier)(
         ignore=["lm_head"], config_groups={"all": scheme}
     )
-    tokens, model = torch.load(job["tokens"]), load(job)
-    ones = torch.ones_like(tokens).tolist()
-    rows = Dataset.from_dict({"input_ids": tokens.tolist(), "attention_mask": ones})
-    start = time.monotonic()
-    oneshot(
-        model=model,
-        tokenizer=tokenizer_of(job),
-        dataset=rows,
-        recipe=modifier,
-        max_seq_length=tokens.shape[1],
-        num_calibration_samples=len(tokens),
-        shuffle_calibration_samples=False,
-        pipeline="datafree" if is_rtn else "sequential",
-    )
-    seconds = time.monotonic() - start
+    model = load(job)
+    seconds = oneshot_seconds(job, model, modifier, "datafree" if is_rtn else "sequential")
     return seconds, {n: _ct_weight(m) for n, m in _linears(model).items()}
 
 

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 
 import torch
 
-from benchmarks.peers import Job, Weights, costs, load, tokenizer_of, weights_of, write_dense
+from benchmarks.peers import Job, Weights, costs, load, oneshot_seconds, weights_of, write_dense
 
 
 def main() -> None:
@@ -31,8 +30,6 @@ def main() -> None:
 
 def prune(job: Job) -> tuple[float, Weights]:
     """Seconds of the tool's own call, and the pruned weights."""
-    from datasets import Dataset
-    from llmcompressor import oneshot
     from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 
     kind = {"llmc-sparsegpt": SparseGPTModifier, "llmc-wanda": WandaPruningModifier}[job["tool"]]
@@ -42,21 +39,9 @@ def prune(job: Job) -> tuple[float, Weights]:
         targets=["Linear"],
         ignore=["re:.*lm_head"],
     )
-    tokens, model = torch.load(job["tokens"]), load(job)
-    ones = torch.ones_like(tokens).tolist()
-    rows = Dataset.from_dict({"input_ids": tokens.tolist(), "attention_mask": ones})
-    start = time.monotonic()
-    oneshot(
-        model=model,
-        tokenizer=tokenizer_of(job),
-        dataset=rows,
-        recipe=modifier,
-        max_seq_length=tokens.shape[1],
-        num_calibration_samples=len(tokens),
-        shuffle_calibration_samples=False,
-        pipeline="sequential",
-    )
-    return time.monotonic() - start, weights_of(model)
+    model = load(job)
+    seconds = oneshot_seconds(job, model, modifier, "sequential")
+    return seconds, weights_of(model)
 
 
 if __name__ == "__main__":
