@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from compressor.algorithms.finite import require_finite
-from compressor.algorithms.gptq import ROWS_AT_ONCE, cholesky_factor
+from compressor.algorithms.gptq import ROWS_AT_ONCE, cholesky_factor, times_inverse
 
 RIDGE = 0.01
 
@@ -58,17 +58,10 @@ def asymmetric_target(
     root, _ = cholesky_factor(hessian, dampening=ridge)  # H + lambda mean(diag H) I = R R^T
     cross = cross.to(target.dtype)
     if len(target) >= len(cross):  # one correction for all rows is less work than one for each
-        cross = _divided(cross, root)
+        cross = times_inverse(cross, root)
         for rows in torch.split(target, ROWS_AT_ONCE):
             rows.addmm_(rows.clone(), cross, alpha=strength)
         return target
     for rows in torch.split(target, ROWS_AT_ONCE):
-        rows.add_(_divided(rows @ cross, root), alpha=strength)
+        rows.add_(times_inverse(rows @ cross, root), alpha=strength)
     return target
-
-
-def _divided(left: Tensor, root: Tensor) -> Tensor:
-    """left (R R^T)^-1 for left [n, I] and R [I, I], upper triangular."""
-    half = torch.linalg.solve_triangular(root.T, left, upper=False, left=False)
-    found: Tensor = torch.linalg.solve_triangular(root, half, upper=True, left=False)
-    return found

@@ -114,11 +114,16 @@ def cholesky_factor(
     return torch.diag(safe.sqrt()), Factor(0.0, attempts + 2, reason)
 
 
-def inverse_cholesky(
-    hessian: Tensor, *, dampening: float, order: Tensor | None = None
-) -> tuple[Tensor, Factor]:
+def times_inverse(left: Tensor, root: Tensor) -> Tensor:
+    """left (R R^T)^-1 [n, I] for left [n, I] and R [I, I] of `cholesky_factor`."""
+    half = torch.linalg.solve_triangular(root.T, left, upper=False, left=False)
+    found: Tensor = torch.linalg.solve_triangular(root, half, upper=True, left=False)
+    return found
+
+
+def inverse_cholesky(hessian: Tensor, *, dampening: float) -> tuple[Tensor, Factor]:
     """U = R^-1 [I, I] of `cholesky_factor`: (H + dampening * mean(diag H) * I)^-1 = U^T U."""
-    root, factor = cholesky_factor(hessian, dampening=dampening, order=order)
+    root, factor = cholesky_factor(hessian, dampening=dampening)
     inverse = torch.eye(len(root), dtype=root.dtype, device=root.device).mT
     torch.linalg.solve_triangular(root, inverse, upper=True, out=inverse)
     return inverse, factor

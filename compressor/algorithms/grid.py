@@ -266,7 +266,7 @@ class _Search:
         low, step = whole
         scale = as_stored(step * shrink, self.scale_dtype)
         if self.symmetric:
-            better = best.offer(scale, torch.full_like(scale, 1 << (self.bits - 1)))
+            better = best.offer(scale, best.zero)
             return torch.where(better, shrink, kept)
         middle = torch.round(-low * shrink / scale)
         for shift in (0, -1, 1):

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from compressor.algorithms.finite import require_finite
-from compressor.algorithms.gptq import inverse_cholesky
+from compressor.algorithms.gptq import cholesky_factor, times_inverse
 
 
 def mlp_channel_importance(act_sq_mean: Tensor, down_weight: Tensor) -> Tensor:
@@ -80,6 +80,6 @@ def repair_linear(weight: Tensor, kept: Tensor, hessian: Tensor, *, ridge: float
     weight, hessian = weight.to(dtype), hessian.to(dtype)
     removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
     removed[kept] = False
-    upper, _ = inverse_cholesky(hessian[kept][:, kept], dampening=ridge)
+    root, _ = cholesky_factor(hessian[kept][:, kept], dampening=ridge)
     lost = weight[:, removed] @ hessian[removed][:, kept]
-    return torch.addmm(weight[:, kept], lost @ upper.T, upper)
+    return weight[:, kept] + times_inverse(lost, root)

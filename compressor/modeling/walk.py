@@ -84,6 +84,12 @@ class Walk:
         for start in range(chosen.start, chosen.stop, self.rows_per_batch):
             yield slice(start, min(start + self.rows_per_batch, chosen.stop))
 
+    def real_tokens(self, rows: slice, x: Tensor) -> Tensor:
+        """[t, D] of x [B, T, D] of these rows without padding; [t, D] in, if experts chose them."""
+        flat = x.reshape(-1, x.shape[-1])
+        mask = None if self.mask is None else self.mask[rows].flatten()
+        return flat if mask is None or len(mask) != len(flat) else flat[mask]
+
     def open_stream(self, name: str) -> ActivationStore:
         """Embed all rows: the input of the first block."""
         count, length = self.tokens.shape

@@ -26,7 +26,7 @@ def _known_candidate(label: str) -> str:
         candidate_preset(label, DEFAULT_GROUP_SIZE)
     except KeyError:
         near = get_close_matches(label, [*SCHEMES, KEEP], n=1)
-        hint = f"; do you mean {near[0]}?" if near else ""
+        hint = f"; did you mean {near[0]}?" if near else "."
         raise ValueError(
             f"{label!r} is no candidate{hint} Known are {KEEP}, {', '.join(SCHEMES)}, and integer "
             "ones with a group size: W3A16@32, W3A16@channel"

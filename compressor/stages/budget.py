@@ -163,7 +163,7 @@ def present_options(
     """One option for each unit: the formats given by full name."""
     return [
         UnitOption(unit, label, ts[0].position, {t.linear: formats[t.name] for t in ts})
-        for unit, ts in unit_targets(selection).items()
+        for unit, ts in unit_targets(selection.targets).items()
     ]
 
 

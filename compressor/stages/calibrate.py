@@ -134,20 +134,13 @@ def _statistics(
             kwargs = walk.kwargs(rows, position)
             out, seen = run_observed(block, heads, stream.read(rows), kwargs)
             for name, x in seen.items():
-                real = _real_tokens(walk, rows, x)
+                real = walk.real_tokens(rows, x)
                 sums[name] += torch.linalg.vector_norm(real, dim=0, dtype=torch.float64).square()
                 counts[name] += len(real)
             yield out
 
     walk.take_outputs(stream, outputs(), position)
     return {n: ((sums[n] / max(counts[n], 1)).float(), counts[n]) for n in heads}
-
-
-def _real_tokens(walk: Walk, rows: slice, x: Tensor) -> Tensor:
-    """Inputs [t, I] without padding."""
-    flat = x.reshape(-1, x.shape[-1])
-    mask = None if walk.mask is None else walk.mask[rows].flatten()
-    return flat if mask is None or len(mask) != len(flat) else flat[mask]
 
 
 def _dead(tensors: dict[str, Tensor]) -> dict[str, int]:

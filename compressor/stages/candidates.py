@@ -7,6 +7,7 @@ cost       bytes as stored; milliseconds if the budget limits them
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from compressor.artifact.formats import LayerFormat
@@ -71,11 +72,12 @@ def find_candidates(
     """All options of a stage; raises RecipeError if no candidate is legal or fits a unit."""
     dtype = scale_dtype(config, stored_dtype(context.state))
     dense = dense_bytes(context.state)
-    found = Candidates({}, {}, {}, unit_targets(selection), _notes(config))
+    found = Candidates({}, {}, {}, unit_targets(selection.targets), _notes(config))
     changed: set[tuple[int, int]] = set()
+    group = config.preset.group_size
+    legal = [(label, candidate_preset(label, group)) for label in legal_candidates(config)]
     for unit, members in found.targets.items():
-        for label in legal_candidates(config):
-            preset = candidate_preset(label, config.preset.group_size)
+        for label, preset in legal:
             formats: dict[str, LayerFormat] = {}
             if preset is not None:
                 try:
@@ -102,16 +104,16 @@ def find_candidates(
             found.cost[unit, label] = sum(sizes)
             found.others[unit, label] = limits.times(unit, label, sizes)
     found.notes.extend(
-        f"group_size {group} does not divide {n} inputs; a smaller one is used"
-        for group, n in sorted(changed)
+        f"group_size {wanted} does not divide {n} inputs; a smaller one is used"
+        for wanted, n in sorted(changed)
     )
     return found
 
 
-def unit_targets(selection: Selection) -> dict[str, list[Target]]:
+def unit_targets(targets: Iterable[Target]) -> dict[str, list[Target]]:
     """Linears by unit, in the order of the model."""
     units: dict[str, list[Target]] = {}
-    for target in selection.targets:
+    for target in targets:
         units.setdefault(target.unit, []).append(target)
     return units
 

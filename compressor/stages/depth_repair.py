@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from compressor.algorithms.gptq import inverse_cholesky
+from compressor.algorithms.gptq import cholesky_factor, times_inverse
 from compressor.algorithms.reconstruct import reconstruct
 from compressor.modeling.activations import ActivationStore
 from compressor.modeling.block import Block, block_tensors, load_block, run_observed
@@ -98,8 +98,9 @@ def mend(
             mask = slice(None) if walk.mask is None else walk.mask[row]
             part = tested if row % TESTED == TESTED - 1 else known
             part.add(a[row - rows.start][mask].float(), gap[row - rows.start][mask].float())
-    ridge = min(RIDGES, key=lambda r: tested.left(known.change(r)))
-    if tested.left(known.change(ridge)) >= tested.energy:
+    left_by = {r: tested.left(known.change(r)) for r in RIDGES}
+    ridge = min(RIDGES, key=lambda r: left_by[r])
+    if left_by[ridge] >= tested.energy:
         return {}
     known.join(tested)
     weight = linear.dense()
@@ -138,8 +139,8 @@ class _Sums:
 
     def change(self, ridge: float) -> Tensor:
         """What to add to the weight [O, I]."""
-        upper, _ = inverse_cholesky(self.hessian, dampening=ridge)
-        return self.missing @ upper.T @ upper
+        root, _ = cholesky_factor(self.hessian, dampening=ridge)
+        return times_inverse(self.missing, root)
 
     def left(self, change: Tensor) -> float:
         """E after the change, over these tokens."""

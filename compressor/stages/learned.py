@@ -185,9 +185,7 @@ class _Task:
     def _error(self, block: Block, rows: slice, *, trimmed: float = 0.0) -> Tensor:
         walk, learner = self.learner.walk, self.learner
         out = block.run(learner.streams.compressed.read(rows), walk.kwargs(rows, self.position))
-        error = (out - self.targets.read(rows)).flatten(0, 1)
-        if walk.mask is not None:
-            error = error[walk.mask[rows].flatten()]
+        error = walk.real_tokens(rows, out - self.targets.read(rows))
         return squared_error(error, learner.metric[self.position], trimmed=trimmed)
 
     def _trimmed(self) -> float:

@@ -59,7 +59,5 @@ def _second_moments(walk: Walk, context: StageContext) -> list[Tensor]:
 
 
 def _second_moment(walk: Walk, gradient: Tensor) -> Tensor:
-    flat = gradient.flatten(0, 1)
-    if walk.mask is not None:
-        flat = flat[walk.mask[: len(gradient)].flatten()]
+    flat = walk.real_tokens(slice(0, len(gradient)), gradient)
     return flat.t() @ flat / max(1, len(flat))

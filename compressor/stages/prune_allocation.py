@@ -17,6 +17,7 @@ from torch import Tensor
 from compressor.algorithms.allocation import Choice, allocate
 from compressor.modeling.block import Block
 from compressor.recipe import PruneConfig
+from compressor.stages.candidates import unit_targets
 from compressor.stages.context import StageContext
 from compressor.stages.prune_linear import proposed, solved
 from compressor.stages.selection import Target
@@ -32,9 +33,7 @@ def measured_shares(
     """A sparsity for each target by full name; journaled."""
     assert config.sparsity is not None, "the recipe demands it"
     if not context.run.is_done("shares"):
-        units: dict[str, list[Target]] = {}
-        for target in targets:
-            units.setdefault(target.unit, []).append(target)
+        units = unit_targets(targets)
         picked = _allocate(config.sparsity, units, _scores(config, context, units))
         shares = {t.name: picked[unit] for unit, ts in units.items() for t in ts}
         context.run.commit_meta("shares", {"shares": shares})

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.algorithms.gptq import inverse_cholesky
+from compressor.algorithms.gptq import cholesky_factor, times_inverse
 from compressor.algorithms.structured import mlp_channel_importance, select_channels
 from compressor.errors import RecipeError, UnsupportedError
 from compressor.modeling.activations import ActivationStore
@@ -163,9 +163,8 @@ def _chosen(context: StageContext, whole: Walk, count: int) -> Tensor:
                 energy, tokens = torch.zeros(stream.width), 0
                 for rows in whole.batches(calibration_rows(whole)):
                     kwargs = whole.kwargs(rows, position)
-                    x = _real(
-                        whole, rows, inputs_of(block, [head], stream.read(rows), kwargs)[head]
-                    )
+                    seen = inputs_of(block, [head], stream.read(rows), kwargs)
+                    x = whole.real_tokens(rows, seen[head]).float()
                     energy, tokens = energy + x.square().sum(0), tokens + len(x)
                 weights = torch.cat([block.linears[n].dense() for n in readers])
                 importance += mlp_channel_importance(energy / max(tokens, 1), weights)
@@ -173,12 +172,6 @@ def _chosen(context: StageContext, whole: Walk, count: int) -> Tensor:
         stream.close()
         context.run.commit_meta("channels", {"kept": select_channels(importance, count).tolist()})
     return torch.tensor(context.run.meta("channels")["kept"])
-
-
-def _real(walk: Walk, rows: slice, x: Tensor) -> Tensor:
-    """Real tokens as fp32 rows [t, I]."""
-    flat = x.reshape(-1, x.shape[-1]).float()
-    return flat if walk.mask is None else flat[walk.mask[rows].flatten()]
 
 
 def _cut_block(source: BlockTensors, kept: Tensor) -> BlockTensors:
@@ -223,14 +216,17 @@ def _resolve(
             here = inputs_of(
                 block, [head], streams.narrow.read(rows), narrow.kwargs(rows, position)
             )
-            x, seen = _real(whole, rows, there[head]), _real(narrow, rows, here[head])
+            x = whole.real_tokens(rows, there[head]).float()
+            seen = narrow.real_tokens(rows, here[head]).float()
             hessian, cross = hessian + seen.T @ seen, cross + x.T @ seen
         assert isinstance(hessian, Tensor), "there is at least one row"
-        upper, _ = inverse_cholesky(hessian, dampening=RIDGE)
+        assert isinstance(cross, Tensor), "the same"
+        root, _ = cholesky_factor(hessian, dampening=RIDGE)
+        carried = times_inverse(cross, root)
         for name in group:
             weight = original.linears[name].dense()
             rows_left = weight[streams.kept] if name in WRITERS else weight
-            block.linears[name].set_dense(rows_left @ cross @ upper.T @ upper)
+            block.linears[name].set_dense(rows_left @ carried)
 
 
 @torch.no_grad()

@@ -249,13 +249,13 @@ class _Cut:
         full[:, columns] = solved
         plain = torch.zeros_like(target)
         plain[:, columns] = target[:, columns]
+        error, whole = (hessian_error(w, found.hessian) for w in (full - target, target))
         self.facts[name] = {
             "kept": len(columns),
             "of": weight.shape[1],
             "error_before_repair": hessian_error(plain - target, found.hessian),
-            "error": hessian_error(full - target, found.hessian),
-            "relative_error": hessian_error(full - target, found.hessian)
-            / max(hessian_error(target, found.hessian), 1e-30),
+            "error": error,
+            "relative_error": error / max(whole, 1e-30),
             "strength": strength,
         }
         linear.set_dense_exact(full)
