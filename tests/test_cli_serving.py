@@ -57,10 +57,11 @@ def test_serve_without_flags_uses_the_defaults_of_the_options(calls: Calls, tmp_
 def test_serve_flags_reach_the_options(calls: Calls, tmp_path: Path) -> None:
     words = ["serve", str(tmp_path), "--port", "0", "--host", "::1", "--kv-cache", "1MiB"]
     words += ["--no-verify", "--strict-api", "--drain-timeout", "2.5", "--max-num-seqs", "4"]
+    words += ["--kv-cache-dtype", "fp8"]
     assert run_command(words) == 0
     wanted = ServeOptions(
         host="::1", port=0, kv_cache_bytes=2**20, verify=False, strict_api=True,
-        drain_timeout_s=2.5, max_num_seqs=4,
+        drain_timeout_s=2.5, max_num_seqs=4, kv_cache_dtype="fp8",
     )  # fmt: skip
     assert calls[0][0][1] == wanted
 
@@ -74,7 +75,8 @@ def test_an_open_address_without_a_key_is_refused(
     assert calls[0][0][1].api_key == "secret"
 
 
-@pytest.mark.parametrize("words", [["--kv-cache", "2"], ["--port", "x"], ["--max-num-seqs", "0"]])
+@pytest.mark.parametrize("words", [["--kv-cache", "2"], ["--port", "x"], ["--max-num-seqs", "0"],
+                                   ["--kv-cache-dtype", "int3"]])  # fmt: skip
 def test_bad_serve_flags_are_usage_errors(words: list[str], calls: Calls, tmp_path: Path) -> None:
     assert run_command(["serve", str(tmp_path), *words]) == 2
     assert calls == []

@@ -105,8 +105,9 @@ def stored(kind, x):
 
 def attention_error(device, kind, dtype, window):
     """Scattered pages, grouped heads, lengths of one token and more than a split."""
-    from compressor_kernels.paged_attention import Pages, paged_attention
-    from compressor_kernels.store_kv import KVPool, store_kv
+    from compressor_kernels.kv_pool import KVPool, Pages
+    from compressor_kernels.paged_attention import paged_attention
+    from compressor_kernels.store_kv import store_kv
 
     torch.manual_seed(0)
     number, lengths = getattr(torch, dtype), [1, 70]
@@ -133,24 +134,52 @@ def attention_error(device, kind, dtype, window):
     return distance(y, torch.stack(exact))
 
 
-def served_error(device):
+def store_error(device, kind):
+    """Words and scales of the kernel against those of the specification."""
+    from compressor_kernels.kv_pool import KVPool, load, store
+    from compressor_kernels.store_kv import store_kv
+
+    x = torch.cat([torch.randn(6, 2, 64) * 3, torch.zeros(1, 2, 64)])
+    slots, place = torch.randperm(9)[:7], torch.device(device)
+    pools = [KVPool.empty((9, 2, 64), kind, dtype=x.dtype, device=place) for _ in range(2)]
+    store_kv(x.to(place), slots.to(place), pools[0])
+    store(x.to(place), slots.to(place), pools[1])
+    if device == "cpu":  # a GPU divides with an error in the last bit
+        assert torch.equal(pools[0].data, pools[1].data)
+        assert torch.equal(pools[0].scales, pools[1].scales)
+    found, exact = (load(p, slots.to(place), torch.float64).cpu() for p in pools)
+    return distance(found, exact)
+
+
+def served_error(device, kind):
     """The engine's decode attention through the kernel against its own way on a CPU."""
-    from compressor.serve.attention import KVCache, LayerShape, PagedBatch, Rule
+    from compressor.serve.attention import KVCache, PagedBatch, Rule
+    from compressor.serve.kv_format import KVFormat, LayerShape
     from compressor_kernels import gpu
+    from compressor_kernels.kv_pool import Pages, store
 
     torch.manual_seed(0)
-    cache = KVCache({0: LayerShape(2, 32, 32)}, 64, dtype=torch.float16, device=torch.device("cpu"))
-    cache.keys[0].normal_()
-    cache.values[0].normal_()
-    slots, lengths = torch.randperm(64)[:60].view(3, 20), torch.tensor([1, 20, 13])
-    q, rule = torch.randn(4, 3, 32).half(), Rule(0.2, window=8)
-    batch = PagedBatch(cache, slots[:, 0], slots, lengths, [])
-    exact = batch._decode(q.float(), cache.keys[0].float(), cache.values[0].float(), rule)
-    pools = (cache.keys[0].to(device), cache.values[0].to(device))
-    contexts = (slots.to(device), lengths.to(device))
+    kept, here = KVFormat(kind, torch.float16), torch.device("cpu")
+    cache = KVCache({0: LayerShape(2, 64, 64)}, 64, kept=kept, device=here)
+    for pool in cache.pools[0]:
+        store(torch.randn(65, 2, 64).half(), torch.arange(65), pool)
+    tables, lengths = torch.randperm(16)[:15].view(3, 5), torch.tensor([1, 20, 13])
+    pages, q, rule = Pages(tables.int(), lengths.int(), 4), torch.randn(4, 3, 64), Rule(0.2, 8)
+    q = q.half()
+    batch = PagedBatch(cache, tables[:, 0], pages, [])
+    exact = batch._decode(q.float(), cache.pools[0], rule)
+    there = Pages(pages.tables.to(device), pages.lengths.to(device), 4)
+    pools = tuple(on(pool, device) for pool in cache.pools[0])
+    assert not gpu.attends(q, *cache.pools[0])  # there is no GPU pool here
     rows = q.transpose(0, 1).to(device)
-    assert not gpu.attends(q, cache.keys[0], cache.values[0])  # there is no GPU pool here
-    return distance(gpu.attend(rows, pools, contexts, scale=0.2, window=8), exact.double())
+    return distance(gpu.attend(rows, pools, there, scale=0.2, window=8), exact.double())
+
+
+def on(pool, device):
+    from dataclasses import replace
+
+    scales = None if pool.scales is None else pool.scales.to(device)
+    return replace(pool, data=pool.data.to(device), scales=scales)
 
 
 def experts_error(device, kind, group, symmetric):
@@ -183,7 +212,8 @@ CASES = [
     *[(w8a8_error, (dtype,), 1e-6) for dtype in DTYPES],
     *[(attention_error, (k, "float16", None), 2e-3) for k in (None, "int8", "int4", "e4m3")],
     (attention_error, ("int8", "bfloat16", 40), 6e-3),
-    (served_error, (), 2e-3),
+    *[(store_error, (kind,), 1e-6) for kind in ("int8", "int4", "e4m3")],
+    *[(served_error, (kind,), 2e-3) for kind in (None, "int8", "int4", "e4m3")],
     (experts_error, ("int4", 64, True), 1e-3),
     (experts_error, ("e2m1", 16, True), 1e-3),
     (experts_error, ("int8", -1, False), 1e-3),
@@ -244,8 +274,8 @@ def test_the_number_of_tiles_does_not_depend_on_the_choices():
 
 
 def test_operands_that_do_not_fit_are_refused():
+    from compressor_kernels.kv_pool import KVPool
     from compressor_kernels.norm import rms_norm
-    from compressor_kernels.store_kv import KVPool
     from compressor_kernels.w4a8 import to_bytes
     from compressor_kernels.w8a8 import w8a8
 

@@ -29,8 +29,8 @@ def artifact(tiny_models, tmp_path_factory):
     return make
 
 
-def answers(loaded, *, stack):
-    engine = LLMEngine(loaded.model, None, ServeOptions(num_blocks=64))
+def answers(loaded, *, stack, kept="auto"):
+    engine = LLMEngine(loaded.model, None, ServeOptions(num_blocks=64, kv_cache_dtype=kept))
     assert engine.runner.stack is not None
     if not stack:
         engine.runner.stack = None
@@ -44,6 +44,12 @@ def answers(loaded, *, stack):
 def test_the_stack_gives_the_tokens_of_transformers(artifact, name, activations):
     loaded = load_model(artifact(name), cpu_activations=activations)
     assert answers(loaded, stack=True) == answers(loaded, stack=False)
+
+
+@pytest.mark.parametrize("kept", ["fp8", "bf16"])
+def test_blocks_run_in_c_between_pools_that_round(artifact, kept):
+    loaded = load_model(artifact("qwen3"))
+    assert answers(loaded, stack=True, kept=kept) == answers(loaded, stack=False, kept=kept)
 
 
 def test_auto_rounds_the_inputs_of_narrow_weights_only(artifact):

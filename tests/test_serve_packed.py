@@ -14,15 +14,18 @@ from compressor.serve.smoke import run_smoke
 OPTIONS = ServeOptions(num_blocks=64)
 
 
-@pytest.fixture(scope="module")
-def artifact(tiny_models, tmp_path_factory):
-    root = tmp_path_factory.mktemp("packed")
-    words = ["quantize", str(tiny_models("llama")), "--scheme", "W4A16", "--method", "rtn"]
+def quantized(model, root, *flags):
+    words = ["quantize", str(model), "--scheme", "W4A16", "--method", "rtn", *flags]
     words += ["--group-size", "32", "--num-samples", "2", "--seq-len", "32"]
     words += ["--set", "stages.2.kernels_archs=[]"]
     words += ["-o", str(root / "out"), "--run-dir", str(root / "run")]
     assert run_command(words) == 0
     return root / "out"
+
+
+@pytest.fixture(scope="module")
+def artifact(tiny_models, tmp_path_factory):
+    return quantized(tiny_models("llama"), tmp_path_factory.mktemp("packed"))
 
 
 def test_the_smoke_test_finds_packed_weights_in_memory(artifact):
@@ -42,3 +45,11 @@ def test_a_flipped_bit_in_the_weights_is_found_before_serving(artifact, tmp_path
     shard.write_bytes(data)
     with pytest.raises(CheckpointError, match="bytes of a tensor have changed"):
         generate_text(path, ["x"], params=SamplingParams(max_tokens=1), options=OPTIONS)
+
+
+def test_an_artifact_with_an_fp8_cache_is_served_with_one(tiny_models, tmp_path):
+    path = quantized(tiny_models("qwen3"), tmp_path, "--kv-cache", "fp8")
+    result = run_smoke(path, OPTIONS, new_tokens=6)
+    checks = {c["name"]: c for c in result["checks"]}
+    assert all(c["ok"] for name, c in checks.items() if name != "resident bytes"), result
+    assert "keys and values in e4m3" in checks["speed"]["detail"]

@@ -29,6 +29,10 @@ Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
 CpuActivations = Annotated[
     str | None, typer.Option(help="Inputs of packed linears on a CPU: auto, int8 or float.")
 ]
+KvCacheDtype = Annotated[
+    str | None,
+    typer.Option(help="Keys and values as auto, fp32, bf16, fp16, fp8, int8 or int4."),
+]
 Verify = Annotated[
     bool | None, typer.Option("--verify/--no-verify", help="Check digests before loading.")
 ]
@@ -46,6 +50,7 @@ def serve(
     num_blocks: NumBlocks = None,
     kv_cache: Annotated[str | None, typer.Option(help="Key-value pool, as in 2GiB.")] = None,
     max_queue: Annotated[int | None, typer.Option(help="Sequences that may wait.")] = None,
+    kv_cache_dtype: KvCacheDtype = None,
     prefix_cache: Annotated[bool | None, typer.Option("--prefix-cache/--no-prefix-cache")] = None,
     strict_api: Annotated[bool | None, typer.Option("--strict-api/--no-strict-api")] = None,
     drain_timeout: Annotated[float | None, typer.Option(help="Seconds after SIGTERM.")] = None,
@@ -62,7 +67,7 @@ def serve(
     given |= {"max_num_batched_tokens": max_num_batched_tokens, "num_blocks": num_blocks}
     given |= {"max_queue": max_queue, "prefix_cache": prefix_cache, "strict_api": strict_api}
     given |= {"drain_timeout_s": drain_timeout, "dtype": dtype, "device": device, "verify": verify}
-    given |= {"cpu_activations": cpu_activations}
+    given |= {"cpu_activations": cpu_activations, "kv_cache_dtype": kv_cache_dtype}
     options = _options(given | {"kv_cache_bytes": _bytes(kv_cache)})
     if smoke:
         _smoke(path, options, as_json)
@@ -83,6 +88,7 @@ def generate(
     dtype: Dtype = None,
     device: Device = None,
     cpu_activations: CpuActivations = None,
+    kv_cache_dtype: KvCacheDtype = None,
     verify: Verify = None,
     as_json: flags.AsJson = False,
 ) -> None:
@@ -99,6 +105,7 @@ def generate(
         "dtype": dtype,
         "device": device,
         "cpu_activations": cpu_activations,
+        "kv_cache_dtype": kv_cache_dtype,
         "verify": verify,
         "max_model_len": max_model_len,
     }
@@ -135,6 +142,7 @@ def bench(
     dtype: Dtype = None,
     device: Device = None,
     cpu_activations: CpuActivations = None,
+    kv_cache_dtype: KvCacheDtype = None,
     verify: Verify = None,
     as_json: flags.AsJson = False,
 ) -> None:
@@ -146,7 +154,7 @@ def bench(
     load |= {"output_tokens": output_tokens, "max_ttft_ms": max_ttft_ms, "max_tpot_ms": max_tpot_ms}
     with console.session(as_json=as_json):
         served: Given = {"dtype": dtype, "device": device, "verify": verify}
-        served |= {"cpu_activations": cpu_activations}
+        served |= {"cpu_activations": cpu_activations, "kv_cache_dtype": kv_cache_dtype}
         result = _measure(target, _present(load), _options(served), offline)
     if as_json:
         console.show_json(result)

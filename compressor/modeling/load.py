@@ -189,7 +189,7 @@ class _Reader:
             for label, count in self.dequantized.items()
         ]
         if any(name.endswith(".k_scale") for name in self.checkpoint.tensors):
-            notes.append(f"scales of an fp8 cache are stored; keys and values stay {self.dtype}")
+            notes.append("scales of an fp8 cache are stored; only serving rounds keys and values")
         return notes
 
     def fill(self) -> None:

@@ -12,8 +12,10 @@ one thread or in two, never see each other's state.
           over keys with  position <= query's position  and, in sliding-window layers,
           position > query's position - window
 
-The pool is `[S + 1, K, E]` per layer; slot `block * block_size + offset`. The last slot stays zero:
-padding points there, so that no request can read another one's numbers (0 * NaN is NaN).
+The pool has S + 1 slots per layer (kv_format.py: numbers, or codes with scales); slot
+`block * block_size + offset`. The last slot stays zero: padding points there, so that no request
+can read another one's numbers (0 * NaN is NaN). A token sees every key as the pool gives it back,
+its own included, so that neither chunks nor reused prefixes change what it sees.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressor.errors import UnsupportedError
+from compressor.serve.kv_format import KVFormat, LayerShape
 from compressor_kernels import gpu, native
+from compressor_kernels.kv_pool import KVPool, Pages, load, store
 from compressor_kernels.native_block import Contexts, attend
 
 IMPLEMENTATION = "compressor_paged"
@@ -120,24 +124,14 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Rule) -> 
     return weights @ v.unsqueeze(2)
 
 
-@dataclass(frozen=True, slots=True)
-class LayerShape:
-    """Sizes of one layer's keys and values."""
-
-    kv_heads: int
-    key_size: int
-    value_size: int
-
-    @property
-    def elements(self) -> int:
-        """Numbers stored per token."""
-        return self.kv_heads * (self.key_size + self.value_size)
-
-
 @dataclass(slots=True)
 class Probe:
-    """Plain causal attention over one sequence that notes what each layer is like."""
+    """Plain causal attention over one sequence that notes what each layer is like.
 
+    With `kept`, keys and values are rounded as a pool of that format rounds them.
+    """
+
+    kept: KVFormat | None = None
     shapes: dict[int, LayerShape] = field(default_factory=dict)
     windows: dict[int, int | None] = field(default_factory=dict)
 
@@ -148,6 +142,8 @@ class Probe:
         self.windows[layer] = rule.window
         positions = torch.arange(q.shape[2], device=q.device)
         mask = visible(positions, positions, rule.window).unsqueeze(0)
+        if self.kept is not None:
+            k, v = self.kept.rounded(k), self.kept.rounded(v)
         return _chunk(q[0], k[0], v[0], mask, rule).unsqueeze(0)
 
 
@@ -159,11 +155,15 @@ def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
 
 
 class KVCache:
-    """The pool's tensors: per layer keys and values of every slot.
+    """The pools: per layer keys and values of every slot.
 
     Args:
         shapes: sizes per layer index.
         num_slots: blocks times block size.
+        kept: how keys and values are kept.
+        device: where.
+
+    Raises UnsupportedError (SV33) when a head does not fit the format.
     """
 
     def __init__(
@@ -171,20 +171,19 @@ class KVCache:
         shapes: dict[int, LayerShape],
         num_slots: int,
         *,
-        dtype: torch.dtype,
+        kept: KVFormat,
         device: torch.device,
     ) -> None:
         self.null_slot = num_slots
-        self.keys: dict[int, Tensor] = {}
-        self.values: dict[int, Tensor] = {}
-        for layer, shape in shapes.items():
-            size = (num_slots + 1, shape.kv_heads)
-            self.keys[layer] = torch.zeros(*size, shape.key_size, dtype=dtype, device=device)
-            self.values[layer] = torch.zeros(*size, shape.value_size, dtype=dtype, device=device)
+        self.kept = kept
+        self.pools = {
+            layer: kept.pools(shape, num_slots + 1, device, layer=layer)
+            for layer, shape in shapes.items()
+        }
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for pool in (self.keys, self.values) for t in pool.values())
+        return sum(pool.nbytes for pair in self.pools.values() for pool in pair)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,58 +201,67 @@ class PagedBatch:
 
     Attributes:
         slots: int64 [T], where the keys and values of each token go.
-        decode_slots: int64 [D, L], the contexts of the decode tokens, padded with the null slot.
-        decode_lengths: int64 [D], the lengths of those contexts.
+        pages: blocks and lengths of the contexts of the D decode tokens.
     """
 
     cache: KVCache
     slots: Tensor
-    decode_slots: Tensor
-    decode_lengths: Tensor
+    pages: Pages
     chunks: list[Chunk]
     _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+    _contexts: Contexts | None = None
+
+    @property
+    def contexts(self) -> Contexts:
+        """The decode contexts as int64 slots [D, L], padded with the null slot, and lengths [D]."""
+        if self._contexts is None:
+            page, lengths = self.pages.page, self.pages.lengths.long()
+            inside = torch.arange(page, device=self.slots.device)
+            slots = (self.pages.tables.long()[:, :, None] * page + inside).flatten(1)
+            known = torch.arange(slots.shape[1], device=slots.device) < lengths[:, None]
+            self._contexts = Contexts(slots.where(known, self.cache.null_slot), lengths)
+        return self._contexts
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys.index_copy_(0, self.slots, k[0].transpose(0, 1).to(keys.dtype))
-        values.index_copy_(0, self.slots, v[0].transpose(0, 1).to(values.dtype))
+        pools = self.cache.pools[layer]
+        for pool, new in zip(pools, (k, v), strict=True):
+            write = gpu.store if gpu.stores(pool) else store
+            write(new[0].transpose(0, 1), self.slots, pool)
         parts = []
-        if self.decode_slots.shape[0]:
-            parts.append(self._decode(q[0], keys, values, rule))
+        if self.pages.lengths.shape[0]:
+            parts.append(self._decode(q[0], pools, rule))
         for index, chunk in enumerate(self.chunks):
             rows = q[0, :, chunk.row : chunk.row + chunk.count]
-            context = keys[chunk.slots].transpose(0, 1), values[chunk.slots].transpose(0, 1)
-            parts.append(_chunk(rows, *context, self._chunk_mask(index, chunk, rule), rule))
+            keys, values = (load(pool, chunk.slots, q.dtype).transpose(0, 1) for pool in pools)
+            parts.append(_chunk(rows, keys, values, self._chunk_mask(index, chunk, rule), rule))
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(0)
 
-    def _decode(self, q: Tensor, keys: Tensor, values: Tensor, rule: Rule) -> Tensor:
-        num_decodes = self.decode_slots.shape[0]
-        if rule.softcap is None and rule.sinks is None and self._is_native(keys):
-            rows = q[:, :num_decodes].transpose(0, 1).contiguous()
-            contexts = Contexts(self.decode_slots, self.decode_lengths)
-            return attend(rows, (keys, values), contexts, scale=rule.scale, window=rule.window)
-        if rule.softcap is None and rule.sinks is None and gpu.attends(q, keys, values):
-            rows = q[:, :num_decodes].transpose(0, 1)
-            place = (self.decode_slots, self.decode_lengths)
-            return gpu.attend(rows, (keys, values), place, scale=rule.scale, window=rule.window)
-        k = keys[self.decode_slots].transpose(1, 2)
-        v = values[self.decode_slots].transpose(1, 2)
+    def _decode(self, q: Tensor, pools: tuple[KVPool, KVPool], rule: Rule) -> Tensor:
+        num_decodes = self.pages.lengths.shape[0]
         heads = q[:, :num_decodes].transpose(0, 1)  # [D, H, E]
+        is_plain = rule.softcap is None and rule.sinks is None
+        if is_plain and gpu.attends(q, *pools):
+            return gpu.attend(heads, pools, self.pages, scale=rule.scale, window=rule.window)
+        if is_plain and self._is_native(q, pools[0]):
+            numbers = (pools[0].data, pools[1].data)
+            rows = heads.contiguous()
+            return attend(rows, numbers, self.contexts, scale=rule.scale, window=rule.window)
+        k, v = (load(pool, self.contexts.slots, q.dtype).transpose(1, 2) for pool in pools)
         grouped = heads.reshape(num_decodes, k.shape[1], -1, 1, heads.shape[-1])
         out = attend_masked(grouped, k, v, self._decode_mask(rule), rule)
         return out.reshape(num_decodes, heads.shape[1], -1)
 
     @staticmethod
-    def _is_native(keys: Tensor) -> bool:
-        on_cpu = keys.device.type == "cpu" and keys.dtype == torch.float32
+    def _is_native(q: Tensor, keys: KVPool) -> bool:
+        on_cpu = q.device.type == "cpu" and q.dtype == keys.data.dtype == torch.float32
         return on_cpu and native.library() is not None
 
     def _decode_mask(self, rule: Rule) -> Tensor:
         key = (-1, rule.window)
         if key not in self._masks:
-            positions = torch.arange(self.decode_slots.shape[1], device=self.slots.device)
-            mask = visible(self.decode_lengths - 1, positions, rule.window)
-            self._masks[key] = mask.unsqueeze(1)
+            slots, lengths = self.contexts.slots, self.contexts.lengths
+            positions = torch.arange(slots.shape[1], device=slots.device)
+            self._masks[key] = visible(lengths - 1, positions, rule.window).unsqueeze(1)
         return self._masks[key]
 
     def _chunk_mask(self, index: int, chunk: Chunk, rule: Rule) -> Tensor:

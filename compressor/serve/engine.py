@@ -50,11 +50,12 @@ class LLMEngine:
         self.tokenizer = tokenizer
         self.vocab_size = int(model.config.get_text_config().vocab_size)
         self.eos_ids = end_of_text_ids(model, tokenizer)
-        self.runner = ModelRunner(model)
+        self.runner = ModelRunner(model, options.kv_cache_dtype)
         self.notes: list[str] = []
         try:
             num_blocks = self._num_blocks()
             self.runner.open_pool(num_blocks, options.block_size)
+            self.notes.append(self._pool_note(num_blocks))
             self.max_model_len = self._max_model_len(model, num_blocks)
             if options.self_check:
                 error = self.runner.self_check(self.vocab_size)
@@ -260,8 +261,13 @@ class LLMEngine:
             blocks = min(blocks, -(-wanted // options.block_size))
         if blocks < 1:
             raise ResourceError(f"{size} bytes hold no block of {per_block} bytes", code="SV33")
-        self.notes.append(f"key-value pool: {blocks} blocks, {blocks * per_block / 2**20:.0f} MiB")
         return int(blocks)
+
+    def _pool_note(self, num_blocks: int) -> str:
+        cache = self.runner.cache
+        assert cache is not None
+        size = f"{num_blocks} blocks, {cache.nbytes / 2**20:.0f} MiB"
+        return f"key-value pool: {size}, {self.runner.kept}"
 
     def _model_limit(self, model: Any) -> int:
         limit = position_limit(model.config)

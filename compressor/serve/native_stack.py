@@ -18,7 +18,7 @@ from torch import Tensor
 from compressor.modeling.packed_linear import PackedLinear
 from compressor.serve.attention import KVCache, PagedBatch, Rule
 from compressor_kernels.cpu import MANY_ROWS
-from compressor_kernels.native_block import NAMES, Block, Contexts, Decoder, Norms
+from compressor_kernels.native_block import NAMES, Block, Decoder, Norms
 
 # Class of the model -> what the sliding window of its attention is.
 _WINDOWS: dict[str, Callable[[Any], int | None]] = {
@@ -64,10 +64,13 @@ class NativeStack:
         return cls(model, layers, packed[0][0])
 
     def open_pool(self, cache: KVCache) -> None:
-        """Point the decoder at the pool's tensors."""
+        """Point the decoder at the pool's tensors, where they hold float32 numbers."""
+        pools = [cache.pools[layer.index] for layer in self.layers]
+        if any(pool.data.dtype != torch.float32 for pair in pools for pool in pair):
+            return  # the blocks still run in C, attention between them
         self.decoder = Decoder(
             [layer.block for layer in self.layers],
-            [(cache.keys[layer.index], cache.values[layer.index]) for layer in self.layers],
+            [(keys.data, values.data) for keys, values in pools],
             [(layer.rule.scale, layer.rule.window or 0) for layer in self.layers],
         )
 
@@ -83,8 +86,7 @@ class NativeStack:
         x = hidden[0].contiguous()
         rounds = self.linear.rounds
         if not batch.chunks and self.decoder is not None:
-            contexts = Contexts(batch.decode_slots, batch.decode_lengths)
-            x = self.decoder(x, (cosine, sine), contexts, rounds=rounds)
+            x = self.decoder(x, (cosine, sine), batch.contexts, rounds=rounds)
         else:
             for layer in self.layers:
                 heads = layer.block.before(x, cosine, sine, rounds=rounds)

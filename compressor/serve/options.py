@@ -13,6 +13,12 @@ from compressor.errors import UsageError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CPU_ACTIVATIONS = ("auto", "int8", "float")
+# What a person may write -> the name used here; the long ones are those of vLLM.
+KV_CACHE_DTYPES = {
+    "auto": "auto", "fp32": "fp32", "bf16": "bf16", "fp16": "fp16", "fp8": "fp8",
+    "int8": "int8", "int4": "int4", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16",
+    "fp8_e4m3": "fp8",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +34,8 @@ class ServeOptions:
         max_num_batched_tokens: tokens per step, decode and prefill together; None is 256 on a
             CPU and 2048 on a GPU (a larger chunk makes the others wait longer for a token).
         kv_cache_bytes: size of the key-value pool; None takes a share of the free memory.
+        kv_cache_dtype: how keys and values are kept (kv_format.py): "fp8", "int8" and "int4" take
+            a half or a quarter of the bytes of "bf16"; "auto" follows the artifact, then the model.
         num_blocks: size of the pool in blocks; wins over `kv_cache_bytes`.
         block_size: tokens per block.
         prefix_cache: reuse the blocks of prompts that start alike.
@@ -55,6 +63,7 @@ class ServeOptions:
     max_num_seqs: int = 32
     max_num_batched_tokens: int | None = None
     kv_cache_bytes: int | None = None
+    kv_cache_dtype: str = "auto"
     num_blocks: int | None = None
     block_size: int = 16
     prefix_cache: bool = True
@@ -83,13 +92,14 @@ class ServeOptions:
         for name in ("max_queue", "port"):
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} must not be negative", code="SV33")
-        if self.dtype not in DTYPES:
-            raise UsageError(f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}", code="SV33")
-        if self.cpu_activations not in CPU_ACTIVATIONS:
-            raise UsageError(
-                f"cpu_activations {self.cpu_activations!r} is none of {', '.join(CPU_ACTIVATIONS)}",
-                code="SV33",
-            )
+        choices = {
+            "dtype": DTYPES, "cpu_activations": CPU_ACTIVATIONS, "kv_cache_dtype": KV_CACHE_DTYPES
+        }  # fmt: skip
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise UsageError(
+                    f"{name} {getattr(self, name)!r} is none of {', '.join(known)}", code="SV33"
+                )
         if self.token_budget("cuda") < self.max_num_seqs:
             raise UsageError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) is below "

@@ -8,6 +8,7 @@ attention, position biases, caches shared between layers and whatever else does 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 from dataclasses import dataclass
@@ -20,8 +21,10 @@ from compressor.errors import UnsupportedError, printable
 from compressor.modeling.packed_linear import unrounded_inputs
 from compressor.serve import attention
 from compressor.serve.attention import Chunk, KVCache, PagedBatch, Probe
+from compressor.serve.kv_format import KVFormat, LayerShape
 from compressor.serve.native_stack import NativeStack
 from compressor.serve.scheduler import Scheduled
+from compressor_kernels.kv_pool import Pages
 
 _SELF_CHECK_TOKENS = 24
 # Relative error of the logits that rounding can explain; a wrong mask gives about 1.
@@ -42,12 +45,18 @@ class Rows:
 
 
 class ModelRunner:
-    """A transformers causal language model over a paged pool (built by `open_pool`)."""
+    """A transformers causal language model over a paged pool (built by `open_pool`).
 
-    def __init__(self, model: Any) -> None:
+    Args:
+        model: on its device, in evaluation mode.
+        kv_cache_dtype: a name in `options.KV_CACHE_DTYPES`.
+    """
+
+    def __init__(self, model: Any, kv_cache_dtype: str = "auto") -> None:
         self.model = model
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
+        self.kept = KVFormat.of(kv_cache_dtype, self.dtype)
         self.original = model.config._attn_implementation
         self.cache: KVCache | None = None
         self.block_size = 0
@@ -67,14 +76,17 @@ class ModelRunner:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of keys and values of one token in all layers."""
-        return sum(s.elements for s in self.shapes.values()) * self.dtype.itemsize
+        """Bytes of keys, values and their scales of one token in all layers.
+
+        Raises UnsupportedError (SV33) when a head does not fit the format of the pool.
+        """
+        return KVCache(self.shapes, 0, kept=self.kept, device=torch.device("meta")).nbytes
 
     def open_pool(self, num_blocks: int, block_size: int) -> None:
         """Allocate the pool."""
         self.block_size = block_size
         slots = num_blocks * block_size
-        self.cache = KVCache(self.shapes, slots, dtype=self.dtype, device=self.device)
+        self.cache = KVCache(self.shapes, slots, kept=self.kept, device=self.device)
         if self.stack is not None:
             self.stack.open_pool(self.cache)
 
@@ -105,8 +117,11 @@ class ModelRunner:
     def self_check(self, vocab_size: int) -> float:
         """Relative error of chunked, paged logits against the model's eager attention.
 
-        Raises UnsupportedError (SV33) when rounding cannot explain it. Uses the first blocks of
-        the pool, so it must run before any request.
+        A pool that rounds is compared with one pass of plain attention over rounded keys and
+        values, and that plain attention, without rounding, with the model's own.
+
+        Raises UnsupportedError (SV33) when rounding of floats cannot explain it. Uses the first
+        blocks of the pool, so it must run before any request.
         """
         generator = torch.Generator().manual_seed(0)
         length = min(_SELF_CHECK_TOKENS, self._max_check_tokens())
@@ -115,10 +130,15 @@ class ModelRunner:
             paged = self._paged_logits(ids)
             self._switch("eager")
             try:
-                expected = self._forward(ids, list(range(length)), list(range(length)))
+                expected = self._one_pass(ids)
             finally:
                 self._switch(attention.IMPLEMENTATION)
-        error = float((paged - expected).norm() / expected.norm().clamp_min(1e-6))
+            if self.kept == KVFormat.of("auto", self.dtype):
+                error = _distance(paged, expected)
+            else:
+                error = _distance(self._one_pass(ids, Probe()), expected)
+                rounded = self._one_pass(ids, Probe(self.kept))
+                error = max(error, _distance(paged, rounded))
         if not error <= _TOLERANCE.get(self.dtype, 0.15):
             raise UnsupportedError(
                 f"{type(self.model).__name__} gives other logits with paged attention "
@@ -128,6 +148,12 @@ class ModelRunner:
                 fix="serve this model with transformers or vLLM.",
             )
         return error
+
+    def _one_pass(self, ids: list[int], attend: attention.Attend | None = None) -> Tensor:
+        """Logits of all positions; attention by the model, or by `attend`."""
+        places = list(range(len(ids)))
+        with contextlib.nullcontext() if attend is None else attention.active(attend):
+            return self._forward(ids, places, places)
 
     @torch.inference_mode()
     def _paged_logits(self, ids: list[int]) -> Tensor:
@@ -151,8 +177,10 @@ class ModelRunner:
         """Decodes come first in `flat`; also the row at which each item starts."""
         assert self.cache is not None
         decodes = [item for item in flat if item.count == 1]
-        contexts, lengths = self._decode_slots(decodes)
-        slots = [contexts.gather(1, lengths[:, None] - 1).flatten()]
+        pages = self._pages(decodes)
+        last = pages.lengths.long() - 1
+        blocks = pages.tables.gather(1, last[:, None] // self.block_size).flatten().long()
+        slots = [blocks * self.block_size + last % self.block_size]
         starts, chunks = list(range(len(decodes))), []
         row = len(decodes)
         for item in flat[len(decodes) :]:
@@ -162,22 +190,17 @@ class ModelRunner:
             chunks.append(Chunk(row, item.count, context.to(self.device)))
             row += item.count
         place = self.device
-        flat_slots = torch.cat(slots).to(place)
-        batch = PagedBatch(self.cache, flat_slots, contexts.to(place), lengths.to(place), chunks)
-        return batch, starts
+        there = Pages(pages.tables.to(place), pages.lengths.to(place), pages.page)
+        return PagedBatch(self.cache, torch.cat(slots).to(place), there, chunks), starts
 
-    def _decode_slots(self, decodes: list[Scheduled]) -> tuple[Tensor, Tensor]:
-        """Slots of each decode token's context, padded with the null slot, and the lengths."""
-        assert self.cache is not None
-        lengths = torch.tensor([item.stop for item in decodes], dtype=torch.int64)
-        longest = max((item.stop for item in decodes), default=0)
-        width = -(-longest // self.block_size)
+    def _pages(self, decodes: list[Scheduled]) -> Pages:
+        """Block tables of the decode tokens, padded with block 0, and their contexts' lengths."""
+        lengths = torch.tensor([item.stop for item in decodes], dtype=torch.int32)
+        width = -(-max((item.stop for item in decodes), default=0) // self.block_size)
         tables = [item.sequence.block_table[:width] for item in decodes]
         padded = [table + [0] * (width - len(table)) for table in tables]
-        blocks = torch.tensor(padded, dtype=torch.int64).reshape(len(decodes), width, 1)
-        slots = (blocks * self.block_size + torch.arange(self.block_size)).flatten(1)[:, :longest]
-        known = torch.arange(longest) < lengths[:, None]
-        return slots.where(known, self.cache.null_slot), lengths
+        blocks = torch.tensor(padded, dtype=torch.int32).reshape(len(decodes), width)
+        return Pages(blocks, lengths, self.block_size)
 
     def _slots(self, block_table: list[int], length: int) -> Tensor:
         blocks = torch.tensor(block_table[: -(-length // self.block_size)], dtype=torch.int64)
@@ -200,7 +223,7 @@ class ModelRunner:
             return self.model(**arguments, logits_to_keep=select).logits[0].float()  # type: ignore[no-any-return]
         return self.model(**arguments).logits[0, select].float()  # type: ignore[no-any-return]
 
-    def _probe(self) -> dict[int, attention.LayerShape]:
+    def _probe(self) -> dict[int, LayerShape]:
         probe = Probe()
         with attention.active(probe):
             self._forward([0, 0], [0, 1], [1])
@@ -219,6 +242,10 @@ class ModelRunner:
 
     def _switch(self, implementation: str) -> None:
         self.model.set_attn_implementation(implementation)
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm().clamp_min(1e-6))
 
 
 def check_layer_types(config: Any, probe: Probe) -> None:

@@ -59,6 +59,7 @@ def serve(
 def open_engine(path: Path, options: ServeOptions) -> LLMEngine:
     """An engine over the folder's model, packed linears in place."""
     from compressor.modeling.load import load_model
+    from compressor.serve import kv_format
     from compressor.serve.integrity import check_digests
 
     notes = [check_digests(path)] if options.verify else []
@@ -70,6 +71,7 @@ def open_engine(path: Path, options: ServeOptions) -> LLMEngine:
     )
     if loaded.tokenizer is None:
         raise UnsupportedError(f"{path} has no tokenizer", code="SV33")
+    options = kv_format.resolve(options, loaded.checkpoint.config)
     engine = LLMEngine(loaded.model, loaded.tokenizer, options)
     for note in [*notes, *loaded.notes, *engine.notes]:
         logger.info("%s", note)

@@ -19,6 +19,7 @@ import torch
 from compressor.modeling.packed_linear import rounds_inputs
 from compressor.serve.client import Client
 from compressor.serve.engine import LLMEngine
+from compressor.serve.kv_format import resolve
 from compressor.serve.offline import LLM
 from compressor.serve.options import ServeOptions
 from compressor.serve.sequence import SamplingParams
@@ -77,7 +78,7 @@ def run_smoke(
         dtype=dtype_of(options),
         cpu_activations=options.cpu_activations,
     )
-    subject = Subject(loaded, options, new_tokens)
+    subject = Subject(loaded, resolve(options, loaded.checkpoint.config), new_tokens)
     subject.prompts = _prompts(loaded)
     checks = [check for function in CHECKS for check in function(subject)]
     return {
@@ -129,14 +130,19 @@ def check_tokenizer(subject: Subject) -> Iterator[Check]:
 
 
 def check_parity(subject: Subject) -> Iterator[Check]:
-    """Greedy tokens: alone and in a batch, with and without prefix cache, in small chunks."""
+    """Greedy tokens: alone and in a batch, with and without prefix cache, in small chunks.
+
+    Keys and values are kept in the model's dtype for it, as `generate` keeps them; what a pool of
+    codes does is compared when an engine opens.
+    """
+    exact = replace(subject.options, kv_cache_dtype="auto")
     subject.expected = [_generate(subject, p) for p in subject.prompts]
     longest = max(len(p) for p in subject.prompts) + subject.new_tokens
-    tight = replace(subject.options, max_num_batched_tokens=8, max_num_seqs=4, num_blocks=None)
+    tight = replace(exact, max_num_batched_tokens=8, max_num_seqs=4, num_blocks=None)
     variants = {
-        "alone": (subject.options, 1),
-        "in a batch": (subject.options, len(subject.prompts)),
-        "without prefix cache": (replace(subject.options, prefix_cache=False), 4),
+        "alone": (exact, 1),
+        "in a batch": (exact, len(subject.prompts)),
+        "without prefix cache": (replace(exact, prefix_cache=False), 4),
         "chunked, small pool": (
             replace(tight, num_blocks=-(-longest // tight.block_size) + 1, max_model_len=None),
             4,
@@ -223,10 +229,11 @@ def check_speed(subject: Subject) -> Iterator[Check]:
         while engine.has_work:
             engine.step()
             steps += 1
+        pool = engine.runner.kept
     rate = steps / (time.perf_counter() - started)
     subject.speed["tokens_per_s"] = rate
     subject.speed["weight_gb_per_s"] = rate * subject.loaded.weight_bytes / 1e9
-    yield Check("speed", True, f"{rate:.1f} tokens/s")
+    yield Check("speed", True, f"{rate:.1f} tokens/s, keys and values in {pool}")
 
 
 CHECKS: tuple[Callable[[Subject], Iterator[Check]], ...] = (

@@ -44,8 +44,8 @@ from gpu_subjects import (
 )
 
 from compressor_kernels.graph_time import copies, graph_us
-from compressor_kernels.paged_attention import Pages, paged_attention
-from compressor_kernels.store_kv import KVPool
+from compressor_kernels.kv_pool import KVPool, Pages
+from compressor_kernels.paged_attention import paged_attention
 from compressor_kernels.tuning import GemmSpec, device_arch
 
 TIME_LIMIT_S = 480.0

@@ -12,9 +12,10 @@ from torch import Tensor
 from compressor_kernels import reference
 from compressor_kernels.dequant_gemm import dequant_gemm
 from compressor_kernels.dequantize import dequantize_planar
+from compressor_kernels.kv_pool import KVPool, Pages
 from compressor_kernels.layout import PlanarWeight, from_planar
-from compressor_kernels.paged_attention import Pages, paged_attention
-from compressor_kernels.store_kv import KVPool, store_kv
+from compressor_kernels.paged_attention import paged_attention
+from compressor_kernels.store_kv import store_kv
 from compressor_kernels.tune import random_weights
 from compressor_kernels.tuning import GemmSpec, KernelConfig
 from compressor_kernels.w4a8 import to_bytes, w4a8

@@ -17,10 +17,11 @@ from gpu_subjects import Scale
 from torch import Tensor
 
 from compressor_kernels.dequant_gemm import Fusion, dequant_gemm
+from compressor_kernels.kv_pool import KVPool, Pages
 from compressor_kernels.layout import PlanarWeight, to_planar
 from compressor_kernels.norm import rms_norm
-from compressor_kernels.paged_attention import Pages, paged_attention
-from compressor_kernels.store_kv import KVPool, store_kv
+from compressor_kernels.paged_attention import paged_attention
+from compressor_kernels.store_kv import store_kv
 
 PAGE = 16
 CONTEXT = 512

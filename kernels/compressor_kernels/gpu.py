@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compressor_kernels.kv_pool import KVPool, Pages
 from compressor_kernels.layout import (
     GROUP_SIZES,
     INTEGER_KINDS,
@@ -77,30 +78,43 @@ def apply(x: Tensor, weight: PlanarWeight) -> Tensor:
     return x @ dequantize_planar(weight, torch.float32).to(x.dtype).t()
 
 
-def attends(q: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Whether the Triton kernel computes decode attention over these pools: 16-bit, on a GPU."""
+def _is_power_of_two(size: int) -> bool:
+    """Whether a size is a power of two, as ranges of Triton must be."""
+    return size & (size - 1) == 0
+
+
+def stores(pool: KVPool) -> bool:
+    """Whether the Triton kernel writes new tokens into this pool."""
+    on_gpu = pool.data.device.type == "cuda" and pool.kind is not None
+    return on_gpu and _is_power_of_two(pool.data.shape[2])
+
+
+def store(x: Tensor, slots: Tensor, pool: KVPool) -> None:
+    """Write x [T, heads, E] to `slots` int64 [T] of a pool that `stores` takes."""
+    from compressor_kernels.store_kv import store_kv
+
+    store_kv(x, slots, pool)
+
+
+def attends(q: Tensor, keys: KVPool, values: KVPool) -> bool:
+    """Whether the Triton kernel computes decode attention over these pools: on a GPU, for 16-bit
+    queries, and where numbers are kept as they are, for pools of their dtype."""
     size = q.shape[-1]
     is_known = q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16)
-    same = keys.shape == values.shape and keys.dtype == values.dtype == q.dtype
-    return is_known and same and size >= 16 and size & (size - 1) == 0
+    same = keys.data.shape == values.data.shape and keys.kind == values.kind
+    fits = keys.kind is not None or keys.data.dtype == values.data.dtype == q.dtype
+    return is_known and same and fits and size >= 16 and _is_power_of_two(size)
 
 
 def attend(
     q: Tensor,
-    pools: tuple[Tensor, Tensor],
-    contexts: tuple[Tensor, Tensor],
+    pools: tuple[KVPool, KVPool],
+    pages: Pages,
     *,
     scale: float,
     window: int | None,
 ) -> Tensor:
-    """Decode attention: q [D, H, E], pools [S, K, E] of keys and values -> [D, H, E].
+    """Decode attention: q [D, H, E] over pools of keys and values -> [D, H, E]."""
+    from compressor_kernels.paged_attention import paged_attention
 
-    contexts: slots [D, L] of each sequence and lengths [D]; a page is one slot here.
-    """
-    from compressor_kernels.paged_attention import Pages, paged_attention
-    from compressor_kernels.store_kv import KVPool
-
-    keys, values = (KVPool(pool, None, None) for pool in pools)
-    slots, lengths = contexts
-    pages = Pages(slots.int(), lengths.int(), 1)
-    return paged_attention(q, (keys, values), pages, scale=scale, window=window)
+    return paged_attention(q, pools, pages, scale=scale, window=window)

@@ -16,7 +16,6 @@ Letters: B sequences, H query heads, K key-value heads, E head size, P splits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from compressor_kernels.kv_pool import KVPool, Pages
 from compressor_kernels.specialize import FLOATS, wants_asm
-from compressor_kernels.store_kv import KVPool
 from compressor_kernels.tiles import plane_number, unpack
 from compressor_kernels.words import LAYOUTS, Floats, Kind, assembly, constraints, numbers, plan
 
@@ -157,15 +156,6 @@ def join_splits_kernel(Partial, Stats, Out, heads_splits, E: tl.constexpr, P: tl
 # ------------------------------------------------------------------ host side
 
 
-@dataclass(frozen=True, slots=True)
-class Pages:
-    """Where the contexts lie: block tables int32 [B, pages], lengths int32 [B], tokens a page."""
-
-    tables: Tensor
-    lengths: Tensor
-    page: int
-
-
 def kv_constants(kind: Kind | None, floats: Floats, *, asm: bool) -> dict[str, Any]:
     """Compile-time arguments that follow from the format of the pool."""
     if kind is None:
@@ -198,11 +188,10 @@ def paged_attention(
     """
     keys, values = pools
     batch, heads, size = q.shape
-    planes = 1 if keys.kind is None else LAYOUTS[keys.kind].num_planes
     kv_heads = keys.data.shape[1]
     if q.dtype not in FLOATS:
         raise TypeError(f"q must be bfloat16 or float16, got {q.dtype}")
-    fits = keys.data.shape == values.data.shape and keys.data.shape[2] * planes == size
+    fits = keys.data.shape == values.data.shape and keys.data.shape[2] * keys.planes == size
     if heads % kv_heads or not fits or keys.kind != values.kind or size & (size - 1):
         raise ValueError(f"q {tuple(q.shape)} does not fit pools of {tuple(keys.data.shape)}")
     interpreted = not isinstance(paged_attention_kernel, triton.runtime.JITFunction)

@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from compressor_kernels.dequant_gemm import dequant_gemm_kernel
+from compressor_kernels.kv_pool import KV_TOP
 from compressor_kernels.layout import GROUP_SIZES
 from compressor_kernels.moe_gemm import moe_gemm_kernel
 from compressor_kernels.paged_attention import TOKENS, kv_constants, paged_attention_kernel
 from compressor_kernels.specialize import constants
-from compressor_kernels.store_kv import KV_TOP, store_kv_kernel
+from compressor_kernels.store_kv import store_kv_kernel
 from compressor_kernels.tuning import BLOCK_N, GemmSpec, KernelConfig, heuristic
 from compressor_kernels.w4a8 import E4M3_ASM, INT8_ASM, w4a8_kernel
 from compressor_kernels.w8a8 import w8a8_kernel

@@ -1,56 +1,19 @@
 """store_kv: write keys and values of new tokens into the paged pool, quantized on the way.
 
-    pool   int16 [slots, heads, E / planes] words as in `words.py` (PC = E / planes), or x's dtype
-    scales float32 [slots, heads]: max|x| / top of one token and head
+Formats and specification are in `kv_pool.py`; one program takes one token and head.
 
-    kind int8: q = round(x / s) + 128, top 127     int4: q = round(x / s) + 8, top 7
-    kind e4m3: x / s rounded to nearest, half to even, top 448
-
-Letters: T tokens, E head size.
+Letters: T tokens, E head size, PC words of a head.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call,assignment,index"
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from compressor_kernels.words import LAYOUTS, Kind
-
-KV_TOP: dict[Kind, float] = {"int8": 127.0, "int4": 7.0, "e4m3": 448.0}
-
-
-@dataclass(frozen=True, slots=True)
-class KVPool:
-    """Keys or values of every slot of one layer; `kind` None keeps the numbers as they are."""
-
-    data: Tensor
-    scales: Tensor | None
-    kind: Kind | None
-
-    @staticmethod
-    def empty(
-        size: tuple[int, int, int], kind: Kind | None, *, dtype: torch.dtype, device: torch.device
-    ) -> KVPool:
-        """A zeroed pool of (slots, heads, E). Raises ValueError for an E the kind cannot split."""
-        if kind is None:
-            return KVPool(torch.zeros(size, dtype=dtype, device=device), None, None)
-        planes = LAYOUTS[kind].num_planes
-        if kind not in KV_TOP or size[2] % (16 * planes):
-            raise ValueError(f"{kind} needs head sizes in multiples of {16 * planes}: {size[2]}")
-        words = (size[0], size[1], size[2] // planes)
-        data = torch.zeros(words, dtype=torch.int16, device=device)
-        return KVPool(data, torch.ones(size[:2], dtype=torch.float32, device=device), kind)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of data and scales."""
-        return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
+from compressor_kernels.kv_pool import KV_TOP, KVPool, check_tokens, store
 
 
 @triton.jit
@@ -103,18 +66,16 @@ def store_kv(x: Tensor, slots: Tensor, pool: KVPool) -> None:
 
     Raises ValueError when heads or E are not the pool's.
     """
-    planes = 1 if pool.kind is None else LAYOUTS[pool.kind].num_planes
-    if x.shape[1] != pool.data.shape[1] or x.shape[2] != pool.data.shape[2] * planes:
-        raise ValueError(f"x is {tuple(x.shape)}, the pool {tuple(pool.data.shape)} words")
     if pool.kind is None or pool.scales is None:
-        pool.data.index_copy_(0, slots, x.to(pool.data.dtype))
+        store(x, slots, pool)
         return
+    check_tokens(x, pool)
     x = x if x.stride(2) == 1 else x.contiguous()
     if x.shape[0]:
         store_kv_kernel[x.shape[:2]](
             x, slots, pool.data, pool.scales, x.stride(0), x.stride(1), x.shape[1],
             E=x.shape[2],
-            PLANES=planes,
+            PLANES=pool.planes,
             KIND=pool.kind,
             TOP=KV_TOP[pool.kind],
         )  # fmt: skip
