@@ -36,7 +36,7 @@ from compressor.recipe import (
 from compressor.recipe.budget import parse_footprint
 from compressor.recipe.data import SELF
 from compressor.stages.candidates import legal_candidates
-from compressor.stages.distill_costs import teacher_cache_bytes, training_bytes
+from compressor.stages.distill_costs import distill_costs, training_bytes
 from compressor.stages.duration import candidate_count, seconds
 from compressor.stages.outer import outer_bytes
 from compressor.stages.selection import (
@@ -337,8 +337,6 @@ def _block_weights(skeleton: Skeleton) -> list[int]:
 def _costs(recipe: Recipe, state: ModelState) -> list[dict[str, Any]]:
     size, exact = weight_bytes(recipe, state)
     original = sum(info.nbytes for info in state.checkpoint.tensors.values())
-    cached = teacher_cache_bytes(recipe, state)
-    caches = [{"what": "teacher cache, bytes", "value": cached, "kind": "exact but for headers"}]
     return [
         {"what": "original weights, bytes", "value": original, "kind": "exact"},
         {
@@ -348,7 +346,7 @@ def _costs(recipe: Recipe, state: ModelState) -> list[dict[str, Any]]:
         },
         {"what": "peak memory, bytes", "value": memory_bytes(recipe, state), "kind": "estimate"},
         {"what": "peak disk, bytes", "value": disk_bytes(recipe, state), "kind": "estimate"},
-        *(caches if cached else []),
+        *distill_costs(recipe, state),
         {
             "what": "time, seconds",
             "value": round(seconds(recipe, state), 1),

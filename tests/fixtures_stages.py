@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from compressor.algorithms.divergence import kl_tokens
 from compressor.data import TokenRows
+from compressor.data import token_rows as make_rows
 from compressor.errors import Interrupted
 from compressor.modeling.checkpoint import open_checkpoint
 from compressor.modeling.families import disk_name
 from compressor.modeling.linears import StoredLinear, packed_from_tensors
+from compressor.modeling.load import load_tokenizer
 from compressor.modeling.state import ModelState
 from compressor.modeling.whole import WholeModel
 from compressor.recipe import DataConfig
@@ -140,3 +143,10 @@ def groups_hold(weight: torch.Tensor, zeros: int, width: int) -> bool:
     """Whether every group of neighbouring columns has at least so many zeros."""
     grouped = weight.reshape(weight.shape[0], -1, width)
     return bool(((grouped == 0).sum(-1) >= zeros).all())
+
+
+def held_out_kl(bench: Bench, state: ModelState, keys: dict[str, Any]) -> float:
+    """KL on the rows the stage held out, measured anew from what is stored."""
+    rows = make_rows(keys["data"], load_tokenizer(bench.model), vocab_size=320)
+    tokens = rows.tokens[-(len(rows.tokens) // 8) :]
+    return float(kl_tokens(logits(bench.original, tokens), logits(state, tokens)).mean())

@@ -10,14 +10,19 @@ from typing import Any
 import pytest
 import torch
 
-from compressor.algorithms.divergence import kl_tokens
 from compressor.errors import CheckpointError, Interrupted, NumericError, RecipeError
-from compressor.modeling.state import ModelState
 from compressor.recipe import DistillConfig, Student
 from compressor.stages.schedule import batch_rows, learning_rate
 from compressor.stages.student import spaced
 from tests.fixtures_models import build
-from tests.fixtures_stages import Bench, groups_hold, logits, short_distillation, units, weights
+from tests.fixtures_stages import (
+    Bench,
+    groups_hold,
+    held_out_kl,
+    short_distillation,
+    units,
+    weights,
+)
 
 Models = Callable[[str], Path]
 
@@ -54,16 +59,6 @@ def test_training_scales_keeps_every_code_and_what_is_stored_is_what_was_measure
         assert {n for n in old.tensors if n.endswith(("packed", "shape", "zero_point"))} <= same
         assert "self_attn.q_proj.weight_scale" not in same
     assert held_out_kl(bench, report.state, short) == pytest.approx(report.facts["kl_after"])
-
-
-def held_out_kl(bench: Bench, state: ModelState, keys: dict[str, Any]) -> float:
-    """KL on the rows the stage held out, measured anew from what is stored."""
-    from compressor.data import token_rows
-    from compressor.modeling.load import load_tokenizer
-
-    rows = token_rows(keys["data"], load_tokenizer(bench.model), vocab_size=320)
-    tokens = rows.tokens[-(len(rows.tokens) // 8) :]
-    return float(kl_tokens(logits(bench.original, tokens), logits(state, tokens)).mean())
 
 
 def test_a_bf16_student_is_judged_as_it_is_stored(tmp_path: Path, short: dict[str, Any]) -> None:

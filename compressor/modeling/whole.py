@@ -5,6 +5,7 @@ the states between them are at hand and the head can be asked for a few tokens a
 number is a parameter, frozen until somebody asks for its gradient:
 
     dense linear       weight fp32 [O, I]; a mask keeps pruned weights at zero
+        or             factors of an adapter, merged (`adapters`)
     quantized linear   log|scale| [O, G]; codes, zero points and signs never change
         or             positions on the grid [O, G, g] and factors of scales [O, G] (`CodesLinear`)
 
@@ -33,6 +34,7 @@ from compressor.algorithms.learned_rounding import LatentWeight
 from compressor.artifact.formats import SCALE_DTYPES, LayerFormat
 from compressor.artifact.packing import pack_weight
 from compressor.errors import UnsupportedError
+from compressor.modeling.adapters import AdaptedLinear, Adapter, Adapters
 from compressor.modeling.block import Block, load_block
 from compressor.modeling.linears import StoredLinear
 from compressor.modeling.skeleton import Skeleton
@@ -40,7 +42,7 @@ from compressor.modeling.state import ModelState
 
 OUTER = -1  # position of the tensors outside of the blocks
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
-Kind = Literal["weight", "scale", "latent", "vector", "table"]
+Kind = Literal["weight", "scale", "latent", "adapter", "vector", "table"]
 Near = Callable[[int, str], Tensor | None]  # the dense weight [O, I] behind the codes of a linear
 
 
@@ -178,9 +180,9 @@ class Slot:
     """A parameter and the stored tensor it stands for.
 
     position: of the block, or OUTER. name: of the stored tensor, block-relative inside a block.
-    kind: "weight" of a dense linear, "scale" or "latent" (codes) of a quantized one, "table"
-    (embedding, head), or "vector" (norms, biases and everything else). export: the stored tensor
-    where it is not the parameter itself.
+    kind: "weight" or "adapter" of a dense linear, "scale" or "latent" (codes) of a quantized one,
+    "table" (embedding, head), or "vector" (norms, biases and everything else). export: the stored
+    tensor where it is not the parameter itself.
     """
 
     position: int
@@ -219,12 +221,14 @@ class WholeModel:
         *,
         device: torch.device | str = "cpu",
         near: Near | None = None,
+        adapters: Adapters | None = None,
         with_blocks: bool = True,
     ) -> None:
         """Read everything, or what is outside of the blocks; the compute dtype is fp32.
 
         Codes of quantized linears can be trained if `near` says which dense weight, if any, is
-        behind those of a linear (position of its block, name); else their scales alone can.
+        behind those of a linear (position of its block, name); else their scales alone can. A dense
+        linear with an adapter keeps its weight.
         """
         self.device = torch.device(device)
         self.skeleton = state.skeleton()
@@ -236,9 +240,12 @@ class WholeModel:
         for position in range(self.skeleton.num_blocks if with_blocks else 0):
             source = state.read_block(position, self.skeleton)
             block = load_block(self.skeleton, position, source)
-            self.slots += _trainable_block(
-                block, position, source.tensors, near=near, device=self.device
-            )
+            for name, linear in block.linears.items():
+                adapter = None if adapters is None else adapters(position, name)
+                behind = None if near is None else partial(near, position, name)
+                new = _trainable(linear, name in block.masked, adapter, behind, self.device)
+                block.module.set_submodule(name, new)
+            self.slots += _slots_of_block(block, position, source.tensors)
             block.module.to(self.device)
             self.blocks.append(block)
 
@@ -326,11 +333,13 @@ def _outer_slots(skeleton: Skeleton, outer: dict[str, Tensor]) -> list[Slot]:
 
 def _trainable(
     linear: StoredLinear,
-    near: Callable[[], Tensor | None] | None,
-    *,
     masked: bool,
+    adapter: Adapter | None,
+    near: Callable[[], Tensor | None] | None,
     device: torch.device,
 ) -> nn.Module:
+    if linear.format is None and adapter is not None:
+        return AdaptedLinear(linear, adapter, masked=masked)
     if linear.format is None:
         return DenseLinear(linear, masked=masked)
     if near is None:
@@ -338,21 +347,10 @@ def _trainable(
     return CodesLinear(linear, near=near(), masked=masked, device=device)
 
 
-def _trainable_block(
-    block: Block,
-    position: int,
-    stored: dict[str, Tensor],
-    *,
-    near: Near | None,
-    device: torch.device,
-) -> list[Slot]:
-    """Put trainable linears into a block and list its parameters."""
-    transposed: set[str] = set()
-    for name, linear in block.linears.items():
-        behind = None if near is None else partial(near, position, name)
-        new = _trainable(linear, behind, masked=name in block.masked, device=device)
-        transposed |= {name} if linear.transposed and linear.format is None else set()
-        block.module.set_submodule(name, new)
+def _slots_of_block(block: Block, position: int, stored: dict[str, Tensor]) -> list[Slot]:
+    """The parameters of a block with trainable linears, which take the stored ones' place."""
+    dense = {name for name, linear in block.linears.items() if linear.format is None}
+    transposed = {name for name in dense if block.linears[name].transposed}
     modules = dict(block.module.named_modules())
     slots = []
     for name, _ in block.module.named_parameters():
@@ -373,6 +371,12 @@ def _slot(
     if isinstance(owner, CodesLinear) and leaf == "offset":
         disk, export = f"{prefix}.{codes_suffix(owner.format)}", owner.exported_codes
         return Slot(position, disk, "latent", parameter, stored[disk].dtype, export=export)
+    if isinstance(owner, AdaptedLinear) and leaf == "factors":
+        disk, export = f"{prefix}.weight", owner.exported_weight
+        dtype = stored[disk].dtype
+        return Slot(
+            position, disk, "adapter", parameter, dtype, transposed=transposed, export=export
+        )
     dtype = stored[name].dtype
     if isinstance(owner, DenseLinear) and leaf == "weight":
         return Slot(position, name, "weight", parameter, dtype, owner.keep, transposed)

@@ -84,6 +84,18 @@ class OnPolicy(Part):
     temperature: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0
 
 
+class Lora(Part):
+    """Adapters of low rank beside dense weights, merged into them (LoRA, arXiv 2106.09685)."""
+
+    rank: Annotated[int, Field(ge=1, le=1024)] = 16
+    alpha: Annotated[float, Field(gt=0.0)] = Field(
+        default=16.0, description="the product of the factors is multiplied with alpha / rank"
+    )
+    targets: Annotated[list[Text], Field(min_length=1)] = Field(
+        default=["linear"], description="which linears, as patterns; quantized ones are refused"
+    )
+
+
 class DistillConfig(Part):
     """Train the compressed model (or a smaller student) towards the original's distribution."""
 
@@ -106,7 +118,8 @@ class DistillConfig(Part):
     )
     teacher: Teacher = Field(default_factory=Teacher)
     on_policy: OnPolicy | None = None
-    train: Literal["auto", "weights", "scales", "scales_and_norms", "codes"] = "auto"
+    train: Literal["auto", "weights", "scales", "scales_and_norms", "codes", "lora"] = "auto"
+    lora: Lora | None = Field(default=None, description="adapters of train: lora; null = defaults")
     student: Student | None = None
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description="of products; parameters and optimizer stay float32"
@@ -130,6 +143,11 @@ class DistillConfig(Part):
     )
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = []
 
+    @property
+    def adapters(self) -> Lora:
+        """The adapters of `train: lora`."""
+        return self.lora or Lora()
+
     @model_validator(mode="before")
     @classmethod
     def _short_runs_warm_up_shortly(cls, data: Any) -> Any:
@@ -139,9 +157,11 @@ class DistillConfig(Part):
         return {"warmup_steps": steps // 2, **data}
 
     @model_validator(mode="after")
-    def _losses_agree(self) -> Self:
+    def _keys_agree(self) -> Self:
         if self.teacher.targets == "sampled" and self.loss != "forward_kl":
             raise ValueError("sampled targets are unbiased for loss: forward_kl only")
+        if self.lora is not None and self.train != "lora":
+            raise ValueError("lora says how train: lora adapts: set train, or remove it")
         if self.on_policy is not None and self.ce_weight:
             raise ValueError("ce_weight learns from text, which on_policy replaces: set it to 0")
         return self

@@ -238,6 +238,8 @@ def _patterns_are_safe(recipe: Recipe, index: int) -> None:
     stage = recipe.stages[index]
     for key in ("targets", "ignore", "protect"):
         check_patterns(getattr(stage, key, []), where=stage.where(key))
+    if isinstance(stage, DistillConfig):
+        check_patterns(stage.adapters.targets, where=stage.where("lora.targets"))
 
 
 def _transforms_dense_weights(recipe: Recipe, index: int) -> None:

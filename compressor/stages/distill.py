@@ -5,7 +5,8 @@
 
 What is trained depends on how a layer is stored. A quantized linear keeps its codes and learns its
 scales (2 % of the numbers), so it is exactly as small afterwards; a dense linear learns its
-weights, a pruned one only those that are left. With `train: codes` (quantization-aware training)
+weights, a pruned one only those that are left, or with `train: lora` a difference of low rank that
+is merged into them. With `train: codes` (quantization-aware training)
 codes learn too: positions between them move, and the nearest code is what is computed with and
 stored. They start inside the cells of the present codes, on the side of the original's weights.
 The result is written as units, block by block, and is the state with the least KL on held-out
@@ -25,13 +26,14 @@ from torch import Tensor
 from compressor.data import TokenRows
 from compressor.errors import RecipeError
 from compressor.modeling.state import ModelState
-from compressor.modeling.whole import OUTER, Near, Slot, WholeModel
+from compressor.modeling.whole import OUTER, Slot, WholeModel
 from compressor.recipe import DistillConfig
 from compressor.stages import processes
 from compressor.stages.calibrate import rows_for
 from compressor.stages.checkpoints import Checkpoints, Resume
 from compressor.stages.context import StageContext, StageReport
 from compressor.stages.draft import draft_note
+from compressor.stages.learners import adapters_of, chosen_slots, near_of
 from compressor.stages.objective import Objective, Pupils
 from compressor.stages.sharding import check_sharding, shard
 from compressor.stages.student import make_student
@@ -40,7 +42,6 @@ from compressor.stages.trackers import Track, tracking
 from compressor.stages.training import Callbacks, Progress, Spike, Training, held_out_rows
 
 FINISHED = "finished"
-NEEDED = {"weights": "weight", "scales": "scale", "scales_and_norms": "scale", "codes": "latent"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,8 +193,9 @@ def _prepare(task: Task) -> Training:
     learns_codes = config.train == "codes"
     asked = cache is None or learns_codes  # codes start beside the teacher's weights
     teacher = WholeModel(task.teacher, device=device, with_blocks=asked)
-    near = _near(task, teacher) if learns_codes else None
-    student = WholeModel(task.student, device=device, near=near)
+    near = near_of(task.teacher, task.student, teacher) if learns_codes else None
+    adapters = adapters_of(config, task.student, task.seed)
+    student = WholeModel(task.student, device=device, near=near, adapters=adapters)
     _check_count(config, teacher)
     slots = chosen_slots(config, student.slots)
     if config.sharding == "fsdp" and processes.count() > 1:
@@ -212,47 +214,6 @@ def _prepare(task: Task) -> Training:
             training.progress.losses = []
     training.progress.spikes = list(task.spikes) or training.progress.spikes
     return training
-
-
-def _near(task: Task, teacher: WholeModel) -> Near:
-    """Which weight is behind codes: the original's, unless the student's basis or shape differs."""
-    numbers = {ref.index: i for i, ref in enumerate(task.teacher.blocks)}
-    same = task.student.checkpoint.digest == task.teacher.checkpoint.digest
-    same = same and "transform" not in task.student.trail
-
-    def find(position: int, linear: str) -> Tensor | None:
-        number = numbers[task.student.blocks[position].index]
-        return teacher.dense_weight(number, linear)
-
-    return find if same else lambda position, linear: None
-
-
-def chosen_slots(config: DistillConfig, slots: list[Slot]) -> list[Slot]:
-    """The parameters that learn, by `train`.
-
-    auto: scales, dense weights, norms and biases, and embeddings if nothing is quantized.
-    weights: everything but scales. scales: nothing but scales. scales_and_norms: and norms, biases.
-    codes: scales, norms, biases and the codes themselves.
-    """
-    quantized = any(s.kind == "scale" for s in slots)
-    kinds = {
-        "auto": {"scale", "weight", "vector"} | (set() if quantized else {"table"}),
-        "weights": {"weight", "vector", "table"},
-        "scales": {"scale"},
-        "scales_and_norms": {"scale", "vector"},
-        "codes": {"latent", "scale", "vector"},
-    }[config.train]
-    chosen = [s for s in slots if s.kind in kinds]
-    needed = NEEDED.get(config.train)
-    if needed and not any(s.kind == needed for s in chosen):
-        raise RecipeError(
-            f"train: {config.train} finds nothing to train: "
-            + ("every linear is quantized" if needed == "weight" else "no linear is quantized"),
-            code="RC17",
-            where=config.where("train"),
-            fix="use train: auto",
-        )
-    return chosen
 
 
 def _pairs(teacher: ModelState, student: ModelState) -> list[int]:

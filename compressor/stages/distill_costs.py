@@ -3,19 +3,49 @@
 Training holds the teacher (4 bytes a weight in fp32, its outer part alone with a cache) and of the
 student weights, gradients and two moments (16), the best state (4) and what it was read from. A
 quantized student that learns its scales holds codes (1) and makes each dense weight for its
-product, which the backward pass keeps (4).
+product, which the backward pass keeps (4); so does one with adapters, besides the weight it starts
+from (4) and the best one (4).
 
 # weights: of the whole model
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from compressor.modeling.state import ModelState
 from compressor.recipe import DistillConfig, Recipe
+from compressor.stages.learners import adapted
 from compressor.stages.teacher_cache import cache_bytes
 from compressor.stages.training import held_out_rows
 
-TEACHER, LEARNING, SCALES = 4, 20, 6  # bytes a weight
+TEACHER, LEARNING, ADAPTED, SCALES = 4, 20, 12, 6  # bytes a weight
+
+
+def distill_costs(recipe: Recipe, state: ModelState) -> list[dict[str, Any]]:
+    """What a plan tells besides memory, as its table's rows."""
+    cache, adapters = teacher_cache_bytes(recipe, state), adapter_numbers(recipe, state)
+    rows: list[dict[str, Any]] = [
+        {"what": "teacher cache, bytes", "value": cache, "kind": "exact but for headers"},
+        {"what": "adapters, trained numbers", "value": adapters, "kind": "at most (shape decides)"},
+    ]
+    return [row for row in rows if row["value"]]
+
+
+def adapter_numbers(recipe: Recipe, state: ModelState) -> int:
+    """Most numbers that the adapters of a distill stage have, for the shape before any pruning.
+
+    Raises:
+        RecipeError: they do not fit the model (RC14, RC17).
+    """
+    found = [0]
+    for stage in recipe.stages:
+        if not isinstance(stage, DistillConfig) or stage.train != "lora":
+            continue
+        if stage.student is None or stage.student.path is None:
+            targets = adapted(stage, state.skeleton())
+            found.append(stage.adapters.rank * sum(sum(t.shape) for t in targets))
+    return max(found)
 
 
 def teacher_cache_bytes(recipe: Recipe, state: ModelState) -> int:
@@ -38,7 +68,8 @@ def training_bytes(recipe: Recipe, state: ModelState, weights: int) -> int:
         is_quantized |= stage.kind == "quantize"
         if isinstance(stage, DistillConfig):
             learns = stage.train == "codes" or not is_quantized
-            student = _share(stage, len(state.blocks)) * (LEARNING if learns else SCALES)
+            each = ADAPTED if stage.train == "lora" else LEARNING if learns else SCALES
+            student = _share(stage, len(state.blocks)) * each
             most = max(most, int(weights * (TEACHER + student)))
     return most
 
