@@ -79,8 +79,11 @@ class _ForwardKl(torch.autograd.Function):
         log_q = divergence.log_probabilities(student)
         log_p = divergence.log_probabilities(teacher)
         p = log_p.exp()
-        difference = log_p.sub_(log_q).masked_fill_(p == 0, 0)
-        value: Tensor = torch.linalg.vecdot(p, difference) * divergence.temperature**2
+        difference = log_p.sub_(log_q)
+        value: Tensor = torch.linalg.vecdot(p, difference)
+        if not bool(value.isfinite().all()):  # impossible tokens: 0 times infinity counts as 0
+            value = torch.linalg.vecdot(p, difference.masked_fill_(p == 0, 0))
+        value = value * divergence.temperature**2
         ctx.save_for_backward(log_q.exp_().sub_(p))
         ctx.temperature, ctx.dtype = divergence.temperature, student.dtype
         return value

@@ -25,6 +25,7 @@ from compressor.modeling.state import BlockRef, ModelState
 from compressor.recipe import DistillConfig
 from compressor.stages.context import StageContext
 from compressor.stages.prune_depth import config_with_layers, keep_layers
+from compressor.stages.selection import stored_dtype
 
 OUTER_UNIT = "student-outer"
 
@@ -143,7 +144,8 @@ def _draw(new: dict[str, Any], config: DistillConfig, context: StageContext) -> 
         torch.manual_seed(context.seed)
         model = AutoModelForCausalLM.from_config(parsed, dtype=torch.float32)
     skeleton = context.original.skeleton()
-    dtype = _weights_dtype(context.original)
+    stored, infos = stored_dtype(context.original), context.original.checkpoint.tensors.values()
+    dtype = next(info.dtype for info in infos if info.dtype_name == stored)
     tensors = {n: t.to(dtype) for n, t in model.state_dict().items()}
     for i in range(len(model.get_submodule(skeleton.blocks_name))):
         prefix = f"{skeleton.blocks_name}.{i}."
@@ -151,14 +153,6 @@ def _draw(new: dict[str, Any], config: DistillConfig, context: StageContext) -> 
         context.run.commit(f"student-{i:04d}", mine, {"formats": {}, "masked": []})
     outer = {n: tensors[n] for n in skeleton.outer_names()}
     context.run.commit(OUTER_UNIT, outer, {})
-
-
-def _weights_dtype(state: ModelState) -> torch.dtype:
-    sizes: dict[torch.dtype, int] = {}
-    for info in state.checkpoint.tensors.values():
-        if info.dtype.is_floating_point:
-            sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
-    return max(sizes, key=lambda d: sizes[d])
 
 
 def _impossible(config: DistillConfig, problem: str) -> RecipeError:
