@@ -8,6 +8,7 @@ import sys
 BENCHMARKS = {
     "quality": "damage for each byte, ours and other tools'",
     "prune_distill": "pruning, repair, distillation: ours, other tools', from scratch",
+    "prune_budget": "blocks, widths and bits for one size, against bits alone",
     "order": "the same parts in different orders: damage for each byte",
     "transforms": "scales and rotations, with and without outlier channels",
     "memory": "peak memory of quantizing a model of 4 GB",

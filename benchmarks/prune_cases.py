@@ -20,6 +20,7 @@ Stage = dict[str, Any]
 MASKS: dict[str, Stage] = {"50 % unstructured": {"sparsity": 0.5}, "2:4": {"pattern": "2:4"}}
 DEPTHS, WIDTHS = {"25 % depth": 0.25, "50 % depth": 0.5}, {"25 % MLP": 0.25, "50 % MLP": 0.5}
 SHAPES = (*MASKS, *DEPTHS, *WIDTHS)
+LIGHT = (*MASKS, "25 % MLP")  # little is lost, and fast training would lose more
 
 PUBLISHED = {"reconstruct": False}
 MASK_METHODS: dict[str, Stage] = {
@@ -55,12 +56,14 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """Text and tokens of distillation, and the rates for pruned and for random students."""
+    """Text and tokens of distillation, and the rates for students by how much they have lost."""
 
     text: Path
+    packing: str
     steps: int
     batch_size: int
     seq_len: int
+    light_rate: float
     rate: float
     scratch_rate: float
 
@@ -115,9 +118,11 @@ def recipe_of(
 
 def _distill_stage(cell: Cell, training: Training, student: Path | None) -> Stage:
     rows = {"num_samples": training.steps * training.batch_size, "seq_len": training.seq_len}
-    text = {"source": str(training.text), "packing": "joined", "min_fraction": 0.01, **rows}
+    text = {"source": str(training.text), "packing": training.packing, **rows}
+    text["min_fraction"] = 0.01
     stage: Stage = {"kind": "distill", "data": text, "steps": training.steps}
-    stage |= {"batch_size": training.batch_size, "learning_rate": training.rate}
+    rate = training.light_rate if cell.shape in LIGHT else training.rate
+    stage |= {"batch_size": training.batch_size, "learning_rate": rate}
     stage |= {"warmup_steps": training.steps // 10, "checkpoint_steps": max(1, training.steps // 4)}
     if student is not None:
         stage |= {"learning_rate": training.scratch_rate, "student": {"path": str(student)}}

@@ -53,8 +53,11 @@ from compressor.recipe import parse_recipe
 from compressor_eval.divergence import score_tokens, summarize
 from reference import corpus
 
-# steps, rates of pruned and of random students; found on calibration rows
-SETTINGS = {"reference": (100, 1e-3, 3e-3), "babyllama-tok361": (120, 3e-3, 3e-3)}
+# steps, rates of students that lost little or much and of random ones; found on calibration rows
+SETTINGS = {
+    "reference": (100, 3e-4, 1e-3, 3e-3),
+    "babyllama-tok361": (120, 3e-4, 1e-3, 3e-3),
+}
 BATCH, SEQ_LEN = 16, 192
 log = logging.getLogger("benchmarks.prune_distill")
 
@@ -107,15 +110,16 @@ def _run_subject(subject: Subject, options: argparse.Namespace) -> None:
 
 def training_of(subject: Subject, work: Path) -> Training:
     """Text and length of distillation."""
-    steps, rate, scratch_rate = SETTINGS[subject.name]
-    text = subject.calibration
+    steps, *rates = SETTINGS[subject.name]
+    text, packing = subject.calibration, subject.packing
     if subject.name == "reference":
+        packing = "joined"
         text = work / "training.jsonl"
         library, _ = corpus.split(corpus.library_files())
         lines = [json.dumps({"text": t}) for t in corpus.documents(library)]
         order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(0))
         text.write_text("".join(lines[i] + "\n" for i in order), encoding="utf-8")
-    return Training(text, steps, BATCH, SEQ_LEN, rate, scratch_rate)
+    return Training(text, packing, int(steps), BATCH, SEQ_LEN, *rates)
 
 
 def make(
@@ -200,11 +204,12 @@ def _protocol(
         "evaluation": [subject.evaluation.name, held_out[:16]],
         "training": {
             "text": training.text.name,
-            "packing": "joined",
+            "packing": training.packing,
             "tokens": training.tokens,
             "steps": training.steps,
             "rows of a step": training.batch_size,
             "tokens of a row": training.seq_len,
+            "rate where little is lost": training.light_rate,
             "rate": training.rate,
             "rate from scratch": training.scratch_rate,
         },

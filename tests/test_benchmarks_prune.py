@@ -23,7 +23,7 @@ from benchmarks.prune_tables import goals
 from compressor.recipe import parse_recipe
 
 CONFIG = {"num_hidden_layers": 9, "intermediate_size": 768}
-TRAINING = Training(Path("text.jsonl"), 20, 16, 192, 1e-3, 3e-3)
+TRAINING = Training(Path("text.jsonl"), "rows", 20, 16, 192, 3e-4, 1e-3, 3e-3)
 
 
 def row(shape: str, method: str, damage: float, **changes: Any) -> dict[str, Any]:
@@ -50,6 +50,16 @@ def test_every_cell_is_a_recipe(tmp_path: Path, cell: Cell):
     text = recipe_of(cell, tmp_path, tmp_path / "out", data={}, training=TRAINING, student=student)
     kinds = [stage.kind for stage in parse_recipe(text, file="cell").stages]
     assert ("prune" in kinds) == (student is None)
+
+
+def test_students_that_lost_little_learn_slowly(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    for shape, rate in (("2:4", 3e-4), (HALF, 1e-3)):
+        cell, out = Cell(shape, "distilled"), tmp_path / "out"
+        text = recipe_of(cell, tmp_path, out, data={}, training=TRAINING, student=None)
+        (stage,) = (s for s in json.loads(text)["stages"] if s["kind"] == "distill")
+        assert stage["learning_rate"] == rate
+        assert stage["data"]["packing"] == "rows"
 
 
 def test_goals_are_told_as_they_were_measured():
