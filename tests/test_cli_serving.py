@@ -57,11 +57,12 @@ def test_serve_without_flags_uses_the_defaults_of_the_options(calls: Calls, tmp_
 def test_serve_flags_reach_the_options(calls: Calls, tmp_path: Path) -> None:
     words = ["serve", str(tmp_path), "--port", "0", "--host", "::1", "--kv-cache", "1MiB"]
     words += ["--no-verify", "--strict-api", "--drain-timeout", "2.5", "--max-num-seqs", "4"]
-    words += ["--kv-cache-dtype", "fp8"]
+    words += ["--kv-cache-dtype", "fp8", "--no-cuda-graphs"]
     assert run_command(words) == 0
     wanted = ServeOptions(
         host="::1", port=0, kv_cache_bytes=2**20, verify=False, strict_api=True,
         drain_timeout_s=2.5, max_num_seqs=4, kv_cache_dtype="fp8",
+        cuda_graphs=False,
     )  # fmt: skip
     assert calls[0][0][1] == wanted
 

@@ -160,7 +160,7 @@ def served_error(device, kind):
 
     torch.manual_seed(0)
     kept, here = KVFormat(kind, torch.float16), torch.device("cpu")
-    cache = KVCache({0: LayerShape(2, 64, 64)}, 64, kept=kept, device=here)
+    cache = KVCache({0: LayerShape(2, 64, 64)}, 16, block_size=4, kept=kept, device=here)
     for pool in cache.pools[0]:
         store(torch.randn(65, 2, 64).half(), torch.arange(65), pool)
     tables, lengths = torch.randperm(16)[:15].view(3, 5), torch.tensor([1, 20, 13])

@@ -33,6 +33,10 @@ KvCacheDtype = Annotated[
     str | None,
     typer.Option(help="Keys and values as auto, fp32, bf16, fp16, fp8, int8 or int4."),
 ]
+CudaGraphs = Annotated[
+    bool | None,
+    typer.Option("--cuda-graphs/--no-cuda-graphs", help="Record decode steps on a GPU."),
+]
 Verify = Annotated[
     bool | None, typer.Option("--verify/--no-verify", help="Check digests before loading.")
 ]
@@ -51,6 +55,7 @@ def serve(
     kv_cache: Annotated[str | None, typer.Option(help="Key-value pool, as in 2GiB.")] = None,
     max_queue: Annotated[int | None, typer.Option(help="Sequences that may wait.")] = None,
     kv_cache_dtype: KvCacheDtype = None,
+    cuda_graphs: CudaGraphs = None,
     prefix_cache: Annotated[bool | None, typer.Option("--prefix-cache/--no-prefix-cache")] = None,
     strict_api: Annotated[bool | None, typer.Option("--strict-api/--no-strict-api")] = None,
     drain_timeout: Annotated[float | None, typer.Option(help="Seconds after SIGTERM.")] = None,
@@ -68,6 +73,7 @@ def serve(
     given |= {"max_queue": max_queue, "prefix_cache": prefix_cache, "strict_api": strict_api}
     given |= {"drain_timeout_s": drain_timeout, "dtype": dtype, "device": device, "verify": verify}
     given |= {"cpu_activations": cpu_activations, "kv_cache_dtype": kv_cache_dtype}
+    given |= {"cuda_graphs": cuda_graphs}
     options = _options(given | {"kv_cache_bytes": _bytes(kv_cache)})
     if smoke:
         _smoke(path, options, as_json)
@@ -143,6 +149,7 @@ def bench(
     device: Device = None,
     cpu_activations: CpuActivations = None,
     kv_cache_dtype: KvCacheDtype = None,
+    cuda_graphs: CudaGraphs = None,
     verify: Verify = None,
     as_json: flags.AsJson = False,
 ) -> None:
@@ -155,6 +162,7 @@ def bench(
     with console.session(as_json=as_json):
         served: Given = {"dtype": dtype, "device": device, "verify": verify}
         served |= {"cpu_activations": cpu_activations, "kv_cache_dtype": kv_cache_dtype}
+        served |= {"cuda_graphs": cuda_graphs}
         result = _measure(target, _present(load), _options(served), offline)
     if as_json:
         console.show_json(result)

@@ -6,15 +6,15 @@ one flat row of tokens (many sequences side by side), and what to do with them s
 one thread or in two, never see each other's state.
 
     # T tokens in the flat row, D of them decode (one token of a sequence), H query heads,
-    # K key-value heads, R = H / K, E head size, L longest context, S slots of the pool
+    # K key-value heads, R = H / K, E head size, L longest context, S slots
 
     out = softmax(scale * q k^T [tanh soft cap] [+ sink column]) v
           over keys with  position <= query's position  and, in sliding-window layers,
           position > query's position - window
 
-The pool has S + 1 slots per layer (kv_format.py: numbers, or codes with scales); slot
-`block * block_size + offset`. The last slot stays zero: padding points there, so that no request
-can read another one's numbers (0 * NaN is NaN). A token sees every key as the pool gives it back,
+The pools of a layer (kv_format.py: numbers, or codes with scales) have slots `block * block_size +
+offset`. The last slot stays zero: padding of contexts points there, so that no request can read
+another one's numbers (0 * NaN is NaN). A token sees every key as the pool gives it back,
 its own included, so that neither chunks nor reused prefixes change what it sees.
 """
 
@@ -133,13 +133,13 @@ class Probe:
 
     kept: KVFormat | None = None
     shapes: dict[int, LayerShape] = field(default_factory=dict)
-    windows: dict[int, int | None] = field(default_factory=dict)
+    rules: dict[int, Rule] = field(default_factory=dict)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
         if layer in self.shapes:
             raise UnsupportedError(f"attention layer {layer} runs twice in one pass", code="SV33")
         self.shapes[layer] = LayerShape(k.shape[1], k.shape[3], v.shape[3])
-        self.windows[layer] = rule.window
+        self.rules[layer] = rule
         positions = torch.arange(q.shape[2], device=q.device)
         mask = visible(positions, positions, rule.window).unsqueeze(0)
         if self.kept is not None:
@@ -157,9 +157,13 @@ def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
 class KVCache:
     """The pools: per layer keys and values of every slot.
 
+    Behind the blocks of requests lie the trash block, which padding rows of captured steps write,
+    and one slot that stays zero.
+
     Args:
         shapes: sizes per layer index.
-        num_slots: blocks times block size.
+        num_blocks: blocks for requests.
+        block_size: tokens a block.
         kept: how keys and values are kept.
         device: where.
 
@@ -169,15 +173,18 @@ class KVCache:
     def __init__(
         self,
         shapes: dict[int, LayerShape],
-        num_slots: int,
+        num_blocks: int,
         *,
+        block_size: int,
         kept: KVFormat,
         device: torch.device,
     ) -> None:
-        self.null_slot = num_slots
-        self.kept = kept
+        self.block_size, self.kept, self.device = block_size, kept, device
+        self.num_slots = num_blocks * block_size
+        self.trash_block, self.trash_slot = num_blocks, self.num_slots
+        self.null_slot = self.num_slots + block_size
         self.pools = {
-            layer: kept.pools(shape, num_slots + 1, device, layer=layer)
+            layer: kept.pools(shape, self.null_slot + 1, device, layer=layer)
             for layer, shape in shapes.items()
         }
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from compressor.errors import ResourceError, UsageError
 from compressor.serve.block_pool import BlockPool
 from compressor.serve.detokenize import Detokenizer
+from compressor.serve.graphs import CudaCapture, warm_sizes
 from compressor.serve.options import ServeOptions
 from compressor.serve.runner import ModelRunner, Rows
 from compressor.serve.sampler import sample, token_logprobs
@@ -60,6 +61,8 @@ class LLMEngine:
             if options.self_check:
                 error = self.runner.self_check(self.vocab_size)
                 self.notes.append(f"paged attention differs from plain by {error:.1e} (relative)")
+            if self.runner.device.type == "cuda":
+                self.notes += self._prepare_gpu()
         except BaseException:
             self.runner.close()
             raise
@@ -268,6 +271,18 @@ class LLMEngine:
         assert cache is not None
         size = f"{num_blocks} blocks, {cache.nbytes / 2**20:.0f} MiB"
         return f"key-value pool: {size}, {self.runner.kept}"
+
+    def _prepare_gpu(self) -> list[str]:
+        """Compile every kernel and record decode steps before the first request."""
+        assert self.runner.cache is not None
+        longest = min(self.max_model_len, self.runner.cache.num_slots)
+        sizes = warm_sizes(min(self.options.token_budget("cuda"), longest))
+        self.runner.warm_up(sizes)
+        notes = [f"kernels compiled for {len(sizes)} numbers of tokens, up to {sizes[-1]}"]
+        if self.options.cuda_graphs:
+            most = self.options.max_num_seqs
+            notes.append(self.runner.open_graphs(most, longest, CudaCapture()))
+        return notes
 
     def _model_limit(self, model: Any) -> int:
         limit = position_limit(model.config)

@@ -48,6 +48,7 @@ class ServeOptions:
         strict_api: unknown request fields get 400 instead of a warning header.
         verify: check digests of the artifact before loading it.
         self_check: compare paged attention with plain attention on this model before serving.
+        cuda_graphs: on a GPU, record decode steps once and replay them (graphs.py).
         dtype: "auto", "float32", "bfloat16" or "float16".
         device: "auto", "cpu" or "cuda".
         cpu_activations: "int8" lets the C kernels of a CPU round the inputs of packed linears to
@@ -76,6 +77,7 @@ class ServeOptions:
     strict_api: bool = False
     verify: bool = True
     self_check: bool = True
+    cuda_graphs: bool = True
     dtype: str = "auto"
     device: str = "auto"
     cpu_activations: str = "auto"

@@ -21,9 +21,11 @@ from compressor.errors import UnsupportedError, printable
 from compressor.modeling.packed_linear import unrounded_inputs
 from compressor.serve import attention
 from compressor.serve.attention import Chunk, KVCache, PagedBatch, Probe
-from compressor.serve.kv_format import KVFormat, LayerShape
+from compressor.serve.graphs import Capture, DecodeGraphs, buckets, obstacle
+from compressor.serve.kv_format import KVFormat
 from compressor.serve.native_stack import NativeStack
 from compressor.serve.scheduler import Scheduled
+from compressor.serve.sequence import SamplingParams, Sequence
 from compressor_kernels.kv_pool import Pages
 
 _SELF_CHECK_TOKENS = 24
@@ -59,19 +61,22 @@ class ModelRunner:
         self.kept = KVFormat.of(kv_cache_dtype, self.dtype)
         self.original = model.config._attn_implementation
         self.cache: KVCache | None = None
+        self.graphs: DecodeGraphs | None = None
         self.block_size = 0
         self._arguments = forward_arguments(model)
         attention.register()
         self._switch(attention.IMPLEMENTATION)
         self.stack = NativeStack.of(model)
         try:
-            self.shapes = self._probe()
+            probe = self._probe()
         except Exception:
             self.close()
             raise
+        self.shapes, self.rules = probe.shapes, probe.rules
 
     def close(self) -> None:
-        """Give the model its own attention back."""
+        """Give the model its own attention back; drop what was recorded of it."""
+        self.graphs = None
         self._switch(self.original)
 
     @property
@@ -80,13 +85,16 @@ class ModelRunner:
 
         Raises UnsupportedError (SV33) when a head does not fit the format of the pool.
         """
-        return KVCache(self.shapes, 0, kept=self.kept, device=torch.device("meta")).nbytes
+        nowhere = torch.device("meta")
+        layers = [self.kept.pools(s, 1, nowhere, layer=i) for i, s in self.shapes.items()]
+        return sum(pool.nbytes for pair in layers for pool in pair)
 
     def open_pool(self, num_blocks: int, block_size: int) -> None:
         """Allocate the pool."""
         self.block_size = block_size
-        slots = num_blocks * block_size
-        self.cache = KVCache(self.shapes, slots, kept=self.kept, device=self.device)
+        self.cache = KVCache(
+            self.shapes, num_blocks, block_size=block_size, kept=self.kept, device=self.device
+        )
         if self.stack is not None:
             self.stack.open_pool(self.cache)
 
@@ -95,24 +103,79 @@ class ModelRunner:
         """Logits [rows, V] (float32) and, for each item in order, where its rows are."""
         order = sorted(range(len(items)), key=lambda i: items[i].count > 1)  # decodes first
         flat = [items[i] for i in order]
-        batch, starts = self._batch(flat)
+        starts = itertools.accumulate((item.count for item in flat), initial=0)
         picked: list[int] = []
         rows: dict[int, Rows] = {}
-        for index, item, start in zip(order, flat, starts, strict=True):
+        for index, item, start in zip(order, flat, starts, strict=False):
             prompt = item.sequence.prompt_rows(item.start, item.stop)
             first = len(picked)
             picked += [start + p - item.start for p in prompt]
             if item.samples:
                 picked.append(start + item.count - 1)
             rows[index] = Rows(first, len(prompt), len(picked) - 1 if item.samples else None)
+        return self._logits(flat, picked), [rows[i] for i in range(len(items))]
+
+    def _logits(self, flat: list[Scheduled], picked: list[int]) -> Tensor:
+        """Logits [picked, V]: by the C stack, by a graph, or by the model's own Python."""
         ids = [t for item in flat for t in item.sequence.tokens[item.start : item.stop]]
         positions = [p for item in flat for p in range(item.start, item.stop)]
         if self.stack is not None and self.stack.takes(len(ids)):
-            logits = self.stack(*self._tensors(ids, positions, picked), batch)
-        else:
-            with attention.active(batch):
-                logits = self._forward(ids, positions, picked)
-        return logits, [rows[i] for i in range(len(items))]
+            return self.stack(*self._tensors(ids, positions, picked), self._batch(flat))
+        is_decode = len(ids) == len(flat)
+        if is_decode and self.graphs is not None and len(ids) <= self.graphs.max_rows:
+            return self.graphs(ids, positions, *self._decode_rows(flat))[picked]
+        with attention.active(self._batch(flat)):
+            return self._forward(ids, positions, picked)
+
+    def open_graphs(self, max_rows: int, max_tokens: int, capture: Capture) -> str:
+        """Record decode steps of up to `max_rows` sequences and `max_tokens` positions.
+
+        Returns a note: what was recorded, or why steps run without graphs. Uses blocks of
+        the pool, so it must run before any request.
+        """
+        assert self.cache is not None
+        query = torch.empty(0, dtype=self.dtype, device=self.device)
+        reason = obstacle(query, self.cache, self.rules.items())
+        if reason:
+            return f"decoding without CUDA graphs: {reason}"
+        sizes = {"max_rows": max_rows, "max_blocks": -(-max_tokens // self.block_size)}
+        try:
+            self.graphs = DecodeGraphs(self._step, self.cache, **sizes, capture=capture)
+            error = self._graph_error(max_rows)
+        except RuntimeError as failure:
+            self.graphs = None
+            return f"decoding without CUDA graphs: {str(failure).partition(chr(10))[0]}"
+        if error > _TOLERANCE.get(self.dtype, 0.15):
+            self.graphs = None
+            return f"decoding without CUDA graphs: they differ by {error:.2g} (relative)"
+        return f"decode steps of up to {max_rows} sequences recorded, error {error:.1e} (relative)"
+
+    @torch.inference_mode()
+    def _step(self, ids: Tensor, positions: Tensor, batch: PagedBatch) -> Tensor:
+        with attention.active(batch):
+            arguments = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+            return self.model(**arguments).logits[0].float()  # type: ignore[no-any-return]
+
+    @torch.inference_mode()
+    def _graph_error(self, max_rows: int) -> float:
+        """Largest distance of recorded from unrecorded logits, over the buckets."""
+        assert self.graphs is not None
+        assert self.cache is not None
+        found = []
+        for rows in buckets(max_rows):
+            blocks = [index % self.cache.trash_block for index in range(rows)]
+            first = [Scheduled(_probe_sequence([b % 7], first=b), 0, 1) for b in blocks]
+            ids, picked = [item.sequence.tokens[0] for item in first], list(range(rows))
+            recorded = self.graphs(ids, [0] * rows, *self._decode_rows(first)).clone()
+            with attention.active(self._batch(first)):
+                found.append(_distance(recorded, self._forward(ids, [0] * rows, picked)))
+        return max(found)
+
+    @torch.inference_mode()
+    def warm_up(self, sizes: list[int]) -> None:
+        """Read prompts of these many tokens, so that every kernel they need is compiled."""
+        for count in sizes:
+            self.run([Scheduled(_probe_sequence([0] * count, self.block_size), 0, count)])
 
     def self_check(self, vocab_size: int) -> float:
         """Relative error of chunked, paged logits against the model's eager attention.
@@ -157,10 +220,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _paged_logits(self, ids: list[int]) -> Tensor:
-        from compressor.serve.sequence import SamplingParams, Sequence
-
-        sequence = Sequence("self-check", tuple(ids), SamplingParams(prompt_logprobs=0))
-        sequence.block_table = list(range(-(-len(ids) // self.block_size)))
+        sequence = _probe_sequence(ids, self.block_size, prompt_logprobs=0)
         cuts = [0, len(ids) // 2, len(ids) - 1, len(ids)]
         parts = [
             self.run([Scheduled(sequence, start, stop - start)])[0]
@@ -171,27 +231,30 @@ class ModelRunner:
 
     def _max_check_tokens(self) -> int:
         assert self.cache is not None
-        return self.cache.null_slot
+        return self.cache.num_slots
 
-    def _batch(self, flat: list[Scheduled]) -> tuple[PagedBatch, list[int]]:
-        """Decodes come first in `flat`; also the row at which each item starts."""
+    def _batch(self, flat: list[Scheduled]) -> PagedBatch:
+        """Decodes come first in `flat`."""
         assert self.cache is not None
         decodes = [item for item in flat if item.count == 1]
-        pages = self._pages(decodes)
-        last = pages.lengths.long() - 1
-        blocks = pages.tables.gather(1, last[:, None] // self.block_size).flatten().long()
-        slots = [blocks * self.block_size + last % self.block_size]
-        starts, chunks = list(range(len(decodes))), []
+        decode_slots, pages = self._decode_rows(decodes)
+        slots, chunks = [decode_slots], []
         row = len(decodes)
         for item in flat[len(decodes) :]:
             context = self._slots(item.sequence.block_table, item.stop)
             slots.append(context[item.start :])
-            starts.append(row)
             chunks.append(Chunk(row, item.count, context.to(self.device)))
             row += item.count
         place = self.device
         there = Pages(pages.tables.to(place), pages.lengths.to(place), pages.page)
-        return PagedBatch(self.cache, torch.cat(slots).to(place), there, chunks), starts
+        return PagedBatch(self.cache, torch.cat(slots).to(place), there, chunks)
+
+    def _decode_rows(self, decodes: list[Scheduled]) -> tuple[Tensor, Pages]:
+        """Where the new tokens go (int64 [D]) and their contexts, on the CPU."""
+        pages = self._pages(decodes)
+        last = pages.lengths.long() - 1
+        blocks = pages.tables.gather(1, last[:, None] // self.block_size).flatten().long()
+        return blocks * self.block_size + last % self.block_size, pages
 
     def _pages(self, decodes: list[Scheduled]) -> Pages:
         """Block tables of the decode tokens, padded with block 0, and their contexts' lengths."""
@@ -223,7 +286,7 @@ class ModelRunner:
             return self.model(**arguments, logits_to_keep=select).logits[0].float()  # type: ignore[no-any-return]
         return self.model(**arguments).logits[0, select].float()  # type: ignore[no-any-return]
 
-    def _probe(self) -> dict[int, LayerShape]:
+    def _probe(self) -> Probe:
         probe = Probe()
         with attention.active(probe):
             self._forward([0, 0], [0, 1], [1])
@@ -238,10 +301,20 @@ class ModelRunner:
                 why="linear attention, state space layers and hand-written attention cannot.",
                 fix="serve this model with transformers or vLLM.",
             )
-        return probe.shapes
+        return probe
 
     def _switch(self, implementation: str) -> None:
         self.model.set_attn_implementation(implementation)
+
+
+def _probe_sequence(
+    ids: list[int], block_size: int = 1, *, first: int = 0, prompt_logprobs: int | None = None
+) -> Sequence:
+    """A request of the runner's own, in blocks from `first` on."""
+    params = SamplingParams(prompt_logprobs=prompt_logprobs)
+    sequence = Sequence("runner", tuple(ids), params)
+    sequence.block_table = list(range(first, first + -(-len(ids) // block_size)))
+    return sequence
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:
@@ -251,7 +324,8 @@ def _distance(found: Tensor, expected: Tensor) -> float:
 def check_layer_types(config: Any, probe: Probe) -> None:
     """Refuse layers whose declared kind of attention is not the one they asked for."""
     for layer, kind in enumerate(getattr(config, "layer_types", None) or []):
-        is_sliding = kind == "sliding_attention" and probe.windows.get(layer) is not None
+        rule = probe.rules.get(layer)
+        is_sliding = kind == "sliding_attention" and rule is not None and rule.window is not None
         if kind != "full_attention" and not is_sliding:
             raise UnsupportedError(
                 f"layer {layer} is of type {printable(str(kind))}, which cannot be paged here",

@@ -60,7 +60,7 @@ def weigh(acc, weights, v, p: tl.constexpr, PLANES: tl.constexpr):
         return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_table"])  # tables grow: one kernel for all their widths
 def paged_attention_kernel(
     Q, Keys, Values, KS, VS, Tables, Lengths, Out, Stats,
     stride_qb, stride_qh, stride_table, kv_heads, window, scale,
