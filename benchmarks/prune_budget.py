@@ -91,7 +91,8 @@ def bytes_of(subject: Subject, bits: float) -> int:
     low = math.floor(bits)
     sizes = []
     for width in (low, low + 1):
-        stages = [{"kind": "quantize", "scheme": f"W{width}A16", "group_size": 32}]
+        uniform = {"kind": "quantize", "scheme": f"W{width}A16", "group_size": 32, "method": "rtn"}
+        stages = [uniform, {"kind": "pack", "kernels_archs": []}]
         recipe = {"name": "size", "model": {"path": str(subject.model)}, "output": "none"}
         sizes.append(weight_bytes(parse_recipe(json.dumps(recipe | {"stages": stages})), state)[0])
     return round(sizes[0] + (bits - low) * (sizes[1] - sizes[0]))
