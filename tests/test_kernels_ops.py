@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -204,6 +205,49 @@ def experts_error(device, kind, group, symmetric):
     return distance(y, reference.moe_dequant_gemm(x, dense, chosen, routing))
 
 
+def split_experts(linear):
+    """Five experts whose linears `linear(out, in)` makes."""
+    from compressor.modeling.experts import Expert, SplitExperts
+
+    experts = SplitExperts(Expert(96, 72, torch.nn.functional.silu) for _ in range(5))
+    for expert in experts:
+        for name, child in list(expert.named_children()):
+            setattr(expert, name, linear(child.out_features, child.in_features))
+    return experts
+
+
+def layer_error(device, group, symmetric):
+    """A layer of experts in one launch a matrix against expert after expert on a CPU."""
+    from compressor.artifact.formats import LayerFormat
+    from compressor.artifact.packing import pack_weight
+    from compressor.modeling.packed_linear import PackedLinear
+    from compressor.serve.packed_experts import PackedExperts
+    from compressor_kernels import dispatch
+
+    def linear(rows, columns, seeds=None, way=None):
+        torch.manual_seed(next(seeds))
+        size = (rows, num_groups(columns, group))
+        codes, scale = torch.randint(0, 16, (rows, columns)).byte(), torch.rand(size) * 0.02
+        zeros = torch.full(size, 8) if symmetric else torch.randint(0, 16, size)
+        packed = pack_weight(codes, scale, zeros, LayerFormat(4, group, symmetric, "float32"))
+        place = torch.device("cpu" if way is None else device)
+        number = torch.float32 if way is None else torch.float16
+        chosen = dispatch.choose
+        dispatch.choose = chosen if way is None else lambda *_: (way, "here")
+        try:
+            return PackedLinear(packed, None, device=place, dtype=number)
+        finally:
+            dispatch.choose = chosen
+
+    plain = split_experts(partial(linear, seeds=iter(range(99))))
+    packed = PackedExperts(split_experts(partial(linear, seeds=iter(range(99)), way="triton")))
+    torch.manual_seed(0)
+    x, weights = torch.randn(7, 96).half(), torch.rand(7, 2)
+    chosen = torch.tensor([[0, 1], [1, 2], [1, 0], [4, 1], [1, 2], [0, 1], [1, 0]])
+    exact = plain(x.float(), chosen, weights)
+    return distance(packed(x.to(device), chosen.to(device), weights.to(device)), exact.double())
+
+
 # what is run, and how far from the oracle it may be (outputs in fp16 or bf16 round)
 CASES = [
     (norm_error, (), 1e-3),
@@ -217,6 +261,8 @@ CASES = [
     (experts_error, ("int4", 64, True), 1e-3),
     (experts_error, ("e2m1", 16, True), 1e-3),
     (experts_error, ("int8", -1, False), 1e-3),
+    (layer_error, (32, True), 2e-3),
+    (layer_error, (-1, False), 2e-3),
 ]  # fmt: skip
 NAMES = [f"{case[0].__name__.removesuffix('_error')}-{case[1]}" for case in CASES]
 PROGRAM = """

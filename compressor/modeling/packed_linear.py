@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from compressor.algorithms.input_rounding import round_inputs
 from compressor.artifact.packing import PackedWeight, dense_weight
 from compressor.recipe.presets import Activations
-from compressor_kernels.dispatch import LinearPlan, LinearSpec, plan_for
+from compressor_kernels.dispatch import LinearPlan, LinearSpec, plan_for, planar_of
+from compressor_kernels.layout import PlanarWeight
 from compressor_kernels.native import Weight
 from compressor_kernels.native_block import Resident
 
@@ -125,6 +126,16 @@ class PackedLinear(nn.Module):
         weight = Weight(spec.bits, spec.group_size, spec.shape)
         bias = None if self.bias is None else self.bias.float().contiguous()
         return Resident(weight, self._resident(), bias)
+
+    @property
+    def is_triton(self) -> bool:
+        """Whether the Triton kernels compute it from inputs as they come."""
+        return self.plan.name == "triton" and self.activations == "none"
+
+    @property
+    def planar(self) -> PlanarWeight:
+        """The weight as the Triton kernels take it (only when `is_triton`)."""
+        return planar_of(self.plan.spec, self._resident())
 
     def _resident(self) -> dict[str, Tensor]:
         return {name: getattr(self, f"packed_{name}") for name in self._names}

@@ -24,6 +24,7 @@ from compressor.modeling.packed_linear import PackedLinear
 from compressor.serve.bench import BenchOptions
 from compressor.serve.engine import LLMEngine
 from compressor.serve.options import ServeOptions
+from compressor.serve.packed_experts import resident_bytes
 from compressor.serve.sequence import SamplingParams
 
 
@@ -87,8 +88,9 @@ def facts(engine: LLMEngine) -> dict[str, Any]:
     packed = [m for m in modules if isinstance(m, PackedLinear)]
     dense = [m for m in modules if isinstance(m, nn.Linear)]
     stack = engine.runner.stack
+    held = sum(m.resident_bytes for m in packed) + resident_bytes(engine.runner.model)
     return {
-        "weight_bytes": sum(m.resident_bytes for m in packed) + sum(m.weight.nbytes for m in dense),
+        "weight_bytes": held + sum(m.weight.nbytes for m in dense),
         "kernels": sorted({m.plan.name for m in packed} | ({"dense"} if dense else set())),
         "blocks": "transformers" if stack is None else "C",
         "threads": torch.get_num_threads(),

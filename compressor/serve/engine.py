@@ -24,6 +24,7 @@ from compressor.serve.block_pool import BlockPool
 from compressor.serve.detokenize import Detokenizer
 from compressor.serve.graphs import CudaCapture, warm_sizes
 from compressor.serve.options import ServeOptions
+from compressor.serve.packed_experts import pack_experts
 from compressor.serve.runner import ModelRunner, Rows
 from compressor.serve.sampler import sample, token_logprobs
 from compressor.serve.scheduler import Scheduled, Scheduler
@@ -51,8 +52,8 @@ class LLMEngine:
         self.tokenizer = tokenizer
         self.vocab_size = int(model.config.get_text_config().vocab_size)
         self.eos_ids = end_of_text_ids(model, tokenizer)
+        self.notes = pack_experts(model)
         self.runner = ModelRunner(model, options.kv_cache_dtype)
-        self.notes: list[str] = []
         try:
             num_blocks = self._num_blocks()
             self.runner.open_pool(num_blocks, options.block_size)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from compressor_kernels import cpu, gpu, native
+from compressor_kernels.layout import PlanarWeight
 from compressor_kernels.planes import to_planes
 from compressor_kernels.reference import dequant_gemm as reference_gemm
 from compressor_kernels.reference import (
@@ -202,12 +203,16 @@ def _prepare_triton(spec: LinearSpec, tensors: Tensors) -> Tensors:
     )
 
 
-def _apply_triton(spec: LinearSpec, x: Tensor, resident: Tensors) -> Tensor:
+def planar_of(spec: LinearSpec, resident: Tensors) -> PlanarWeight:
+    """The weight that the way "triton" keeps, as its kernels take it."""
     kind = gpu.kind_of(spec.stored, spec.bits)
     assert kind is not None
     group_size = spec.block or spec.group_size
-    weight = gpu.planar(resident, kind, shape=spec.shape, group_size=group_size)
-    return gpu.apply(x, weight)
+    return gpu.planar(resident, kind, shape=spec.shape, group_size=group_size)
+
+
+def _apply_triton(spec: LinearSpec, x: Tensor, resident: Tensors) -> Tensor:
+    return gpu.apply(x, planar_of(spec, resident))
 
 
 def _prepare_int4(spec: LinearSpec, tensors: Tensors) -> Tensors:
