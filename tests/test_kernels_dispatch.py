@@ -85,6 +85,20 @@ def test_every_way_can_be_chosen_by_name_and_every_choice_exists():
     assert plan_linear("cuda", 5, group_size=128, symmetric=True, shape=(8, 8)).name == "planes"
 
 
+def test_eight_bit_inputs_and_weights_meet_in_eight_bit_products(monkeypatch):
+    def way(activations, stored, block=0):
+        spec = LinearSpec(
+            8, -1, True, (64, 64), torch.bfloat16, stored, block, activations=activations
+        )
+        return plan_for("cuda", spec).name
+
+    monkeypatch.setattr(dispatch.gpu, "multiplies_e4m3", lambda _: True)
+    assert way("int8", "int-quantized") == way("fp8", "float-quantized") == "w8a8"
+    assert way("none", "float-quantized") == way("fp8_group", "float-quantized", 128) == "triton"
+    monkeypatch.setattr(dispatch.gpu, "multiplies_e4m3", lambda _: False)
+    assert (way("int8", "int-quantized"), way("fp8", "float-quantized")) == ("w8a8", "triton")
+
+
 def test_the_resident_bytes_are_the_packed_bytes_and_the_scales():
     spec = LinearSpec(3, 128, True, (64, 256))
     plan, tensors = plan_for("cpu", spec), checkpoint(spec)

@@ -216,13 +216,48 @@ def split_experts(linear):
     return experts
 
 
+def packed_linear(packed, device, way=None):
+    """A layer computed in a named way on the device; without a name, as a CPU does."""
+    from compressor.modeling.packed_linear import PackedLinear
+    from compressor_kernels import dispatch
+
+    place = torch.device("cpu" if way is None else device)
+    number = torch.float32 if way is None else torch.float16
+    chosen = dispatch.choose
+    dispatch.choose = chosen if way is None else lambda *_: (way, "here")
+    try:
+        return PackedLinear(packed, None, device=place, dtype=number)
+    finally:
+        dispatch.choose = chosen
+
+
+def eight_bit_error(device, activations):
+    """A layer whose inputs are rounded: eight-bit products against rounding and a dense product."""
+    from compressor.artifact.formats import LayerFormat
+    from compressor.artifact.packing import pack_weight
+    from compressor.modeling.packed_linear import unrounded_inputs
+
+    torch.manual_seed(0)
+    number = "int" if activations == "int8" else "float"
+    fmt = LayerFormat(8, -1, True, "float32", number, activations)
+    codes, size = torch.randint(0, 126, (72, 300)).byte(), (72, 1)
+    packed = pack_weight(codes, torch.rand(size), torch.full(size, 128), fmt)
+    ours, plain = packed_linear(packed, device, "w8a8"), packed_linear(packed, device)
+    x = torch.randn(5, 300) * torch.logspace(-1, 1, 300)
+    found = distance(ours(x.to(device)), plain(x).double())
+    model = torch.nn.ModuleList([ours, plain])
+    with unrounded_inputs(model):
+        exact = distance(ours(x.to(device)), plain(x).double())
+    unrounded = ours.plan.exact.apply(x.to(device), ours._resident())
+    assert distance(unrounded, plain(x).double()) > 1e-3  # or nothing was rounded above
+    return max(found, exact)
+
+
 def layer_error(device, group, symmetric):
     """A layer of experts in one launch a matrix against expert after expert on a CPU."""
     from compressor.artifact.formats import LayerFormat
     from compressor.artifact.packing import pack_weight
-    from compressor.modeling.packed_linear import PackedLinear
     from compressor.serve.packed_experts import PackedExperts
-    from compressor_kernels import dispatch
 
     def linear(rows, columns, seeds=None, way=None):
         torch.manual_seed(next(seeds))
@@ -230,14 +265,7 @@ def layer_error(device, group, symmetric):
         codes, scale = torch.randint(0, 16, (rows, columns)).byte(), torch.rand(size) * 0.02
         zeros = torch.full(size, 8) if symmetric else torch.randint(0, 16, size)
         packed = pack_weight(codes, scale, zeros, LayerFormat(4, group, symmetric, "float32"))
-        place = torch.device("cpu" if way is None else device)
-        number = torch.float32 if way is None else torch.float16
-        chosen = dispatch.choose
-        dispatch.choose = chosen if way is None else lambda *_: (way, "here")
-        try:
-            return PackedLinear(packed, None, device=place, dtype=number)
-        finally:
-            dispatch.choose = chosen
+        return packed_linear(packed, device, way)
 
     plain = split_experts(partial(linear, seeds=iter(range(99))))
     packed = PackedExperts(split_experts(partial(linear, seeds=iter(range(99)), way="triton")))
@@ -261,6 +289,7 @@ CASES = [
     (experts_error, ("int4", 64, True), 1e-3),
     (experts_error, ("e2m1", 16, True), 1e-3),
     (experts_error, ("int8", -1, False), 1e-3),
+    *[(eight_bit_error, (a,), 1e-6) for a in ("int8", "fp8")],
     (layer_error, (32, True), 2e-3),
     (layer_error, (-1, False), 2e-3),
 ]  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +38,7 @@ def unrounded_inputs(model: nn.Module) -> Iterator[None]:
     kinds = [(layer.activations, layer.plan) for layer in layers]
     try:
         for layer in layers:
-            layer.activations = "none"
-            if layer.rounds:
-                layer.plan = replace(layer.plan, name="native")
+            layer.activations, layer.plan = "none", layer.plan.exact
         yield
     finally:
         for layer, (kind, plan) in zip(layers, kinds, strict=True):
@@ -84,7 +82,7 @@ class PackedLinear(nn.Module):
         fmt = packed.format
         spec = LinearSpec(
             fmt.bits, fmt.group_size, fmt.symmetric, packed.shape, dtype, fmt.stored, fmt.block,
-            rounds and fmt.activations == "none",
+            rounds and fmt.activations == "none", fmt.activations,
         )  # fmt: skip
         self.plan: LinearPlan = plan_for(device, spec)
         self.activations: Activations = fmt.activations
@@ -142,7 +140,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O] in the dtype of x."""
-        x = round_inputs(x, self.activations, self.input_global_scale)
+        if not self.plan.rounds_inputs:
+            x = round_inputs(x, self.activations, self.input_global_scale)
         return self.plan.apply(x, self._resident(), self.bias)
 
     def extra_repr(self) -> str:

@@ -13,7 +13,7 @@ of a module; nothing else is kept. To add a way: one entry in `WAYS` and one rul
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ from compressor_kernels.reference import (
 
 Tensors = dict[str, Tensor]
 _INTEGERS = ("pack-quantized", "int-quantized")
+_EXACT = {"native-int8": "native", "w8a8": "w8a8-exact"}
+# How inputs are rounded and weights stored where both have eight bits and a scale a row.
+_BYTES = (("int8", "int-quantized", 0), ("fp8", "float-quantized", 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,7 @@ class LinearSpec:
     float32 on the CPU and a 16-bit type elsewhere. `stored` is the checkpoint's way of storing, by
     compressed-tensors' name, `block` the edge of square blocks with one scale (0: none). With
     `rounds` the C kernels may round activations to eight bits (one scale for 32 columns).
+    `activations`: how the format rounds inputs; a plan that `rounds_inputs` does it itself.
     """
 
     bits: int
@@ -53,6 +57,7 @@ class LinearSpec:
     stored: str = "pack-quantized"
     block: int = 0
     rounds: bool = False
+    activations: str = "none"
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -85,9 +90,9 @@ class LinearPlan:
 
         Raises ValueError when their shapes, or the presence of zero points, differ from the spec.
         """
-        if self.spec.stored == "int-quantized":
+        if self.spec.stored == "int-quantized" and not self.rounds_inputs:
             tensors = _as_packed(tensors)
-        if self.spec.stored in _INTEGERS:
+        if self.spec.stored in _INTEGERS and not self.rounds_inputs:
             check_tensors(self.spec, tensors)
         made = WAYS[self.name].prepare(self.spec, tensors)
         return {name: tensor.to(self.device) for name, tensor in made.items()}
@@ -100,6 +105,16 @@ class LinearPlan:
         y = WAYS[self.name].apply(self.spec, x.reshape(-1, in_features), resident)
         y = y.view(*x.shape[:-1], out_features)
         return y if bias is None else y + bias.to(y.dtype)
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether `apply` rounds its inputs as the format says."""
+        return self.name == "w8a8"
+
+    @property
+    def exact(self) -> LinearPlan:
+        """The plan that computes from the same resident tensors and rounds no inputs."""
+        return replace(self, name=_EXACT.get(self.name, self.name))
 
     def resident_bytes(self, resident: Tensors) -> int:
         """Bytes the resident tensors hold."""
@@ -144,6 +159,8 @@ def plan_for(device: torch.device | str, spec: LinearSpec) -> LinearPlan:
 
 def choose(device: torch.device, spec: LinearSpec) -> tuple[str, str]:
     """(name in `WAYS`, why)."""
+    if device.type == "cuda" and _multiplies_bytes(device, spec):
+        return "w8a8", f"inputs and weights of eight bits ({spec.activations}) on a GPU"
     if device.type == "cuda" and _has_gpu_kernel(spec):
         return "triton", f"{gpu.kind_of(spec.stored, spec.bits)} on a GPU: the dequant_gemm kernel"
     if spec.stored not in _INTEGERS:
@@ -174,6 +191,12 @@ def choose(device: torch.device, spec: LinearSpec) -> tuple[str, str]:
 def _has_gpu_kernel(spec: LinearSpec) -> bool:
     known = gpu.takes(spec.stored, spec.bits, group_size=spec.group_size, block=spec.block)
     return known and spec.dtype != torch.float32
+
+
+def _multiplies_bytes(device: torch.device, spec: LinearSpec) -> bool:
+    """e4m3 needs tensor cores that have it; gfx942 has another e4m3."""
+    is_known = (spec.activations, spec.stored, spec.block) in _BYTES
+    return is_known and (spec.activations == "int8" or gpu.multiplies_e4m3(device))
 
 
 # ------------------------------------------------------------------ the ways
@@ -213,6 +236,21 @@ def planar_of(spec: LinearSpec, resident: Tensors) -> PlanarWeight:
 
 def _apply_triton(spec: LinearSpec, x: Tensor, resident: Tensors) -> Tensor:
     return gpu.apply(x, planar_of(spec, resident))
+
+
+def _prepare_w8a8(spec: LinearSpec, tensors: Tensors) -> Tensors:
+    return {"weight": tensors["weight"], "scale": tensors["weight_scale"].float()}
+
+
+def _apply_w8a8(spec: LinearSpec, x: Tensor, resident: Tensors) -> Tensor:
+    from compressor_kernels.w8a8 import w8a8  # triton exists only on Linux
+
+    return w8a8(x, resident["weight"], resident["scale"])
+
+
+def _apply_w8a8_exact(spec: LinearSpec, x: Tensor, resident: Tensors) -> Tensor:
+    dense = resident["weight"].float() * resident["scale"]
+    return torch.nn.functional.linear(x, dense.to(x.dtype))
 
 
 def _prepare_int4(spec: LinearSpec, tensors: Tensors) -> Tensors:
@@ -284,6 +322,8 @@ def _apply_dense(spec: LinearSpec, x: Tensor, resident: Tensors) -> Tensor:
 
 WAYS: dict[str, Way] = {
     "triton": Way(_prepare_triton, _apply_triton),
+    "w8a8": Way(_prepare_w8a8, _apply_w8a8),
+    "w8a8-exact": Way(_prepare_w8a8, _apply_w8a8_exact),
     "native": Way(_prepare_native, _apply_native),
     "native-int8": Way(_prepare_native, _apply_native_int8),
     "planes": Way(_prepare_planes, _apply_planes),

@@ -36,6 +36,11 @@ def takes(stored: str, bits: int, *, group_size: int, block: int) -> bool:
     return known is not None and (block or group_size) in GROUP_SIZES and block in (0, 128)
 
 
+def multiplies_e4m3(device: torch.device) -> bool:
+    """Whether the GPU's tensor cores take e4m3 as checkpoints store it (sm_89 on)."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def prepare(
     tensors: dict[str, Tensor], *, stored: str, bits: int, group_size: int, block: int
 ) -> dict[str, Tensor]:

@@ -1,9 +1,10 @@
 """Eight-bit activations: one scale a row, rounded to nearest, and sums over groups.
 
-    s = max|x| / top,  q = round(x / s)     top = 127 (int8, half to even) or 448 (e4m3)
+    s = max|x| / top,  q = round(x / s)     top = 127.5 (int8, half to even) or 448 (e4m3)
 
-XS [groups, M] are the sums of q over groups of columns, with which `w4a8.py` applies offsets and
-zero points of weights.
+as compressed-tensors rounds inputs, but always in float32: int8 goes from -128 to 127, which cuts
+half a step off the largest number where it is positive. XS [groups, M] are the sums of q over
+groups of columns, with which `w4a8.py` applies offsets and zero points of weights.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call,assignment,index"
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TOP = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+TOP = {torch.int8: 127.5, torch.float8_e4m3fn: 448.0}
 
 
 @triton.jit
@@ -29,8 +30,8 @@ def quantize_rows_kernel(
     top = tl.max(tl.abs(x), 0)
     scale = tl.where(top > 0.0, top / TOP, 1.0)
     q = tl.minimum(tl.maximum(x / scale, -TOP), TOP)
-    if TOP == 127.0:
-        q = (q + 12582912.0) - 12582912.0  # to the nearest integer, half to even
+    if TOP == 127.5:
+        q = tl.minimum((q + 12582912.0) - 12582912.0, 127.0)  # to nearest, half to even
     stored = q.to(Q.dtype.element_ty)
     tl.store(Q + m.to(tl.int64) * K + k, stored, mask=k < K)
     tl.store(S + m, scale)

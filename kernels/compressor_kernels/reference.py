@@ -223,12 +223,16 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
 
 
 def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x [M, K] -> q in int8 or e4m3 and scales float32 [M], max|x| at the top of the range."""
-    top = 127.0 if dtype == torch.int8 else 448.0
+    """x [M, K] -> q in int8 or e4m3 and scales float32 [M], max|x| at the top of the range.
+
+    The range of int8 is -127.5 to 127.5, rounded to -128 .. 127, as compressed-tensors has it.
+    """
+    top = 127.5 if dtype == torch.int8 else 448.0
     highest = x.float().abs().amax(-1)
     scale = torch.where(highest > 0, highest / top, torch.ones_like(highest))
     ratio = (x.float() / scale[:, None]).clamp(-top, top)
-    return (ratio.round() if dtype == torch.int8 else ratio).to(dtype), scale
+    rounded = ratio.round().clamp(max=127) if dtype == torch.int8 else ratio
+    return rounded.to(dtype), scale
 
 
 def paged_attention(
