@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import compressor
+from compressor.allocator import keep_freed_memory
 from compressor.errors import GateError
 from compressor.modeling.checkpoint import open_checkpoint
 from compressor.modeling.hub import ResolvedModel, resolve_model
@@ -116,6 +117,7 @@ def run(recipe: Recipe, options: RunOptions) -> RunResult:
         CompressError: see `compressor.errors`; GateError when the gate does not pass (the artifact
             is then complete at `<output>.rejected`).
     """
+    keep_freed_memory()
     output = Path(recipe.output).absolute()
     check_output(output, overwrite=options.overwrite)
     resolved = resolve_model(recipe.model.path, revision=recipe.model.revision)

@@ -8,10 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.algorithms.asymmetric import asymmetric_target, correction_strength
+from compressor.algorithms.asymmetric import (
+    asymmetric_target,
+    correction_strength,
+    target_of_drift,
+)
 from compressor.algorithms.gptq import gptq, hessian_error, inverse_cholesky
 from compressor.algorithms.grid import Grid, dequantize, minmax_grid, mse_grid, quantize
-from compressor.algorithms.hessian import HessianAccumulator
+from compressor.algorithms.hessian import HessianAccumulator, OutputAccumulator
 from compressor.errors import NumericError
 
 
@@ -274,6 +278,29 @@ def test_the_target_is_the_least_squares_fit_to_the_original_output() -> None:
     oracle = torch.linalg.lstsq(x_tilde.double(), (x @ w.T).double()).solution.T
     assert torch.allclose(target.double(), oracle, atol=1e-4)
     assert (x_tilde @ target.T - x @ w.T).norm() < 0.9 * ((x_tilde - x) @ w.T).norm()
+
+
+def test_the_drift_of_a_layer_can_be_had_from_its_original_outputs() -> None:
+    w, x = layer(19)
+    x_tilde = x + 0.2 * layer(20)[1]
+    mask = torch.arange(len(x)) % 3 > 0
+    sums, products = HessianAccumulator(64, with_cross=True), OutputAccumulator(len(w), 64)
+    for part in torch.arange(len(x)).split(100):
+        sums.add(x_tilde[part], x[part], mask[part])
+        products.add((x @ w.T)[part], x_tilde[part], mask[part])
+    drift = products.drift(w, sums.hessian())
+    torch.testing.assert_close(drift, w @ sums.cross(), atol=1e-4, rtol=1e-4)
+    how = {"strength": 0.5, "ridge": 0.01}
+    expected = asymmetric_target(w, sums.hessian(), sums.cross(), **how)
+    found = target_of_drift(w, sums.hessian(), drift, **how)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_non_finite_outputs_are_refused() -> None:
+    w, x = layer(19)
+    with pytest.raises(NumericError) as caught:
+        OutputAccumulator(len(w), 64).add((x @ w.T).mul(float("inf")), x)
+    assert caught.value.code == "NU01"
 
 
 def test_a_two_layer_net_ends_closer_with_the_asymmetric_target() -> None:

@@ -10,6 +10,7 @@ FLOORS = {
     "compressor_kernels": 0,
     "compressor.errors": 0,
     "compressor.recipe": 0,
+    "compressor.allocator": 0,
     "compressor.resources": 0,
     "compressor.reference_model": 0,
     "compressor.algorithms": 1,
@@ -34,6 +35,7 @@ FORBIDDEN_PAIRS = {
 NO_TORCH = (
     "compressor.errors",
     "compressor.recipe",
+    "compressor.allocator",
     "compressor.resources",
     "compressor.reference_model",
 )

@@ -164,8 +164,7 @@ def test_a_compiler_that_fails_is_quoted(fresh, monkeypatch):
 def test_a_library_that_computes_wrongly_is_not_used(fresh, monkeypatch):
     sources = fresh / "native"
     sources.mkdir()
-    names = ["linear", "expand", "pack", "block_in", "block_out", "attend", "decode"]
-    empty = "".join(f"void {name}(void) {{}}\n" for name in names)
+    empty = "".join(f"void {name}(void) {{}}\n" for name in native._SIGNATURES)
     more = 'const char *isa(void) { return "none"; }\nint lanes(void) { return 8; }\n'
     (sources / "empty.c").write_text(empty + more)
     monkeypatch.setattr(native, "SOURCES", sources)

@@ -97,7 +97,8 @@ def collected(walk: Walk, *, final: bool) -> tuple[list[Any], torch.Tensor, torc
     original, block = walk.load(0), walk.load(0)
     found = []
     for group, result in statistics.groups(0, original, block, set(block.linears)):
-        found.append((group, result.hessian, result.cross))
+        drift = [result.cross] if result.drift is None else list(result.drift.values())
+        found.append((group, result.hessian, *drift))
         for name in group:
             block.linears[name].set_dense(block.linears[name].dense() * 0.5)
     walk.advance(streams.reference, original, 0)
@@ -113,6 +114,6 @@ def test_waiting_and_running_again_give_the_same_statistics(
 ) -> None:
     fast = collected(opened(tiny_models(name), tmp_path), final=final)
     slow = collected(opened(tiny_models(name), tmp_path, pause_bytes=0), final=False)
-    assert [g for g, _, _ in fast[0]] == [g for g, _, _ in slow[0]]
-    tensors = [[t for _, *pair in found for t in pair] + rest for found, *rest in (fast, slow)]
+    assert [g for g, *_ in fast[0]] == [g for g, *_ in slow[0]]
+    tensors = [[t for _, *each in found for t in each] + rest for found, *rest in (fast, slow)]
     torch.testing.assert_close(*tensors, rtol=1e-5, atol=1e-6)

@@ -12,7 +12,8 @@ solve the same problem in the column sweep. In practice
 
     W* = W + a (W D) (H + lambda mean(diag H) I)^-1
 
-where a < 1 and lambda > 0 keep a correction learned from few tokens from overfitting them.
+where a < 1 and lambda > 0 keep a correction learned from few tokens from overfitting them. A layer
+with fewer outputs than inputs needs no D: with the original outputs Y = W X,  W D = Y X~^T - W H.
 
 # O out, I in, n calibration tokens, a strength, lambda ridge
 """
@@ -50,18 +51,35 @@ def asymmetric_target(
 
     strength 0 or D = 0 give w back exactly. Raises NumericError NU01 for non-finite input.
     """
-    target = w.to(torch.promote_types(w.dtype, torch.float32), copy=True)
-    require_finite(target, "the weights to be corrected")
+    if strength != 0 and len(w) < len(cross):
+        drift = w.to(torch.promote_types(w.dtype, torch.float32)) @ cross
+        return target_of_drift(w, hessian, drift, strength=strength, ridge=ridge)
+    target = _copy(w)
     if strength == 0:
         return target
-    require_finite(cross, "the input drift statistics of a layer")
-    root, _ = cholesky_factor(hessian, dampening=ridge)  # H + lambda mean(diag H) I = R R^T
-    cross = cross.to(target.dtype)
-    if len(target) >= len(cross):  # one correction for all rows is less work than one for each
-        cross = times_inverse(cross, root)
-        for rows in torch.split(target, ROWS_AT_ONCE):
-            rows.addmm_(rows.clone(), cross, alpha=strength)
-        return target
+    # one correction for all rows is less work than one for each
+    correction = _corrections(cross, hessian, ridge).to(target.dtype)
     for rows in torch.split(target, ROWS_AT_ONCE):
-        rows.add_(times_inverse(rows @ cross, root), alpha=strength)
+        rows.addmm_(rows.clone(), correction, alpha=strength)
     return target
+
+
+def target_of_drift(
+    w: Tensor, hessian: Tensor, drift: Tensor, *, strength: float, ridge: float
+) -> Tensor:
+    """The same from W D [O, I], as it is or as `hessian.OutputAccumulator` has it."""
+    return _copy(w).add_(_corrections(drift, hessian, ridge), alpha=strength)
+
+
+def _copy(w: Tensor) -> Tensor:
+    target = w.to(torch.promote_types(w.dtype, torch.float32), copy=True)
+    require_finite(target, "the weights to be corrected")
+    return target
+
+
+def _corrections(left: Tensor, hessian: Tensor, ridge: float) -> Tensor:
+    """left (H + ridge mean(diag H) I)^-1, some rows at once."""
+    require_finite(left, "the input drift statistics of a layer")
+    root, _ = cholesky_factor(hessian, dampening=ridge)  # = R R^T
+    left = left.to(root.dtype)
+    return torch.cat([times_inverse(rows, root) for rows in torch.split(left, ROWS_AT_ONCE)])

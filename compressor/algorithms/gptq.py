@@ -34,7 +34,9 @@ import torch
 from torch import Tensor
 
 from compressor.algorithms.finite import require_finite
-from compressor.algorithms.grid import Levels, group_width
+from compressor.algorithms.grid import Grid, Levels, group_width
+from compressor_kernels import native
+from compressor_kernels.native_rounding import MOST_COLUMNS, UniformLevels, round_columns
 
 MAX_RETRIES = 3  # times the dampening is raised tenfold
 EIGENVALUE_FLOOR = 1e-6  # of the largest eigenvalue
@@ -173,8 +175,7 @@ def _damped(hessian: Tensor, dampening: float, dtype: torch.dtype, order: Tensor
     if order is None:
         flipped = hessian.to(dtype).flip(0, 1)
     else:
-        flipped = hessian[order.flip(0)]
-        flipped = flipped[:, order.flip(0)].to(dtype)
+        flipped = hessian[order.flip(0)].index_select(1, order.flip(0)).to(dtype)
     flipped.diagonal().add_(dampening * flipped.diagonal().mean())
     return flipped
 
@@ -228,13 +229,7 @@ def _sweep(columns: _Columns, root: Tensor, block: int) -> float:
         diagonal = root.diagonal()[begin:end]
         inside = root[begin:end, begin:end] / diagonal
         before = (root[:begin, begin:end] / diagonal).T @ columns.weights[:begin]
-        misses = torch.empty_like(columns.weights[begin:end])
-        for row in range(begin, end):
-            at = row - begin
-            wanted = columns.weights[row] + before[at]
-            if at:  # errors of this block, applied only when the column's turn comes
-                wanted = wanted.addmv_(columns.weights[begin:row].T, inside[:at, at])
-            misses[at] = columns.round(row, wanted)
+        misses = columns.round(begin, end, before, inside)
         total += float((misses.square().sum(1).double() * diagonal.double().square()).sum())
     return total
 
@@ -251,20 +246,51 @@ class _Columns:
     ) -> None:
         self.width = group_width(w.shape[1], grid.group_size)
         self.position: list[int] = order.tolist()  # original column of each visited one
-        self.weights = w.T.to(dtype)[order]
+        self.weights = w.T.to(dtype).contiguous()[order]
         self.keep = None if mask is None else mask.T[order]
         self.scale = grid.scale.T.to(dtype).contiguous()  # [G, O]
         self.zero = grid.zero_point.T.to(dtype).contiguous()
-        self.nearest = grid.nearest
+        self.grid = grid
         self.codes = torch.empty(w.shape[1], w.shape[0], dtype=torch.uint8, device=w.device)
         self.num_saturated = torch.zeros(w.shape[0], dtype=torch.int32, device=w.device)
+        uniform = isinstance(grid, Grid) and dtype == torch.float32 and w.device.type == "cpu"
+        self.native = uniform and native.library() is not None
 
-    def round(self, row: int, wanted: Tensor) -> Tensor:
+    def round(self, begin: int, end: int, before: Tensor, inside: Tensor) -> Tensor:
+        """Round a block of columns, one after another; gives what was rounded less w^ [B, O].
+
+        before: [B, O], what the errors of all blocks before mean for these columns; inside [B, B]:
+        what their own errors mean for those behind them.
+        """
+        if self.native and end - begin <= MOST_COLUMNS:
+            return self._round_natively(begin, end, before, inside)
+        misses = torch.empty_like(before)
+        for row in range(begin, end):
+            at = row - begin
+            wanted = self.weights[row] + before[at]
+            if at:  # errors of this block, applied only when the column's turn comes
+                wanted = wanted.addmv_(self.weights[begin:row].T, inside[:at, at])
+            misses[at] = self._round_one(row, wanted)
+        return misses
+
+    def _round_natively(self, begin: int, end: int, before: Tensor, inside: Tensor) -> Tensor:
+        assert isinstance(self.grid, Grid), "`native` says so"
+        position = torch.tensor(self.position[begin:end])
+        group, top = position // self.width, self.grid.num_levels - 1
+        levels = UniformLevels(self.scale, self.zero, group, top)
+        keep = None if self.keep is None else self.keep[begin:end]
+        block = self.weights[begin:end]
+        misses, codes, outside = round_columns(block, before, inside.contiguous(), levels, keep)
+        self.codes[position] = codes
+        self.num_saturated += outside
+        return misses
+
+    def _round_one(self, row: int, wanted: Tensor) -> Tensor:
         """Store the codes nearest to `wanted` [O] for one column; returns wanted - w^."""
         original = self.position[row]
         scale, zero = self.scale[original // self.width], self.zero[original // self.width]
         kept = wanted if self.keep is None else torch.where(self.keep[row], wanted, 0.0)
-        code, level, outside = self.nearest(kept / scale, zero)
+        code, level, outside = self.grid.nearest(kept / scale, zero)
         self.num_saturated += outside
         self.codes[original] = code
         rounded = level * scale

@@ -34,11 +34,14 @@ from torch import Tensor
 
 from compressor.algorithms.finite import require_finite
 from compressor.errors import RecipeError
+from compressor_kernels import native
+from compressor_kernels.native_rounding import group_errors
 
 COARSE = 9  # shrunk ranges tried first, evenly from the whole range to the narrowest
 HALVINGS = 2  # then on both sides of the best, at half and at a quarter of their distance
 NUM_REFINEMENTS = 3  # least-squares steps after the search; the error stops moving after 2 or 3
 ROWS_AT_ONCE_ELEMENTS = 1 << 18  # weights searched together: 1 MiB fits the cache, 4 is 5x slower
+ROWS_AT_ONCE_NATIVE = 1 << 21  # in C each trial reads them once
 
 
 class Levels(Protocol):
@@ -156,7 +159,8 @@ def mse_grid(
     """
     groups = _grouped(w, group_size)
     weight = None if importance is None else _grouped(importance[None], group_size)
-    rows = max(1, ROWS_AT_ONCE_ELEMENTS // w.shape[1])
+    at_once = ROWS_AT_ONCE_ELEMENTS if native.library() is None else ROWS_AT_ONCE_NATIVE
+    rows = max(1, at_once // w.shape[1])
     search = _Search(bits, symmetric, scale_dtype)
     parts = [search.solve(part, weight) for part in torch.split(groups, rows)]
     scale = torch.cat([part[0] for part in parts])
@@ -284,6 +288,7 @@ class _Best:
         self.groups, self.weight = groups, weight
         self.levels, self.symmetric = 1 << search.bits, search.symmetric
         self.scale, self.zero = scale, zero
+        self.native = groups.device.type == "cpu" and native.library() is not None
         self.error = self._error(scale, zero)
 
     def offer(self, scale: Tensor, zero: Tensor) -> Tensor:
@@ -312,6 +317,8 @@ class _Best:
         return rounded.add_(zero).clamp_(0, self.levels - 1).sub_(zero)
 
     def _error(self, scale: Tensor, zero: Tensor) -> Tensor:
+        if self.native:
+            return group_errors(self.groups, scale, zero, self.levels - 1, self.weight)
         difference = self._centred(scale, zero).mul_(scale.unsqueeze(-1)).sub_(self.groups)
         square = difference.square_()
         return (square if self.weight is None else square.mul_(self.weight)).sum(dim=-1)

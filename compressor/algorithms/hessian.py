@@ -12,7 +12,13 @@ Products are exact enough in fp32 and are never accumulated in 16 bit. Only the 
 checked for NaN and infinity: H_jj = sum x~_j^2, D_jj = sum (x_j - x~_j) x~_j, so no bad value of a
 column j can stay out of them.
 
-# T tokens, I in
+What a layer of O < I outputs needs of D is only W D, [O, I]: with its original outputs y = W x,
+
+    W D = 1/n sum_t  y_t x~_t^T  -  W H,
+
+which costs O / I of the work. (The outputs are those of the original forward pass, less the bias.)
+
+# T tokens, I in, O out
 """
 
 from __future__ import annotations
@@ -92,3 +98,27 @@ class HessianAccumulator:
         if mask is not None:
             rows = rows[mask.reshape(-1).to(rows.device)]
         return rows.to(self._hessian.device, torch.float32)
+
+
+class OutputAccumulator:
+    """Running sum of y x~^T, of which W D is made. Memory: 4 O I bytes."""
+
+    def __init__(self, outputs: int, columns: int) -> None:
+        self.num_tokens = 0
+        self._sum = torch.zeros(outputs, columns)
+
+    def add(self, y: Tensor, x_tilde: Tensor, mask: Tensor | None = None) -> None:
+        """Count one batch: y [..., O] without bias, x_tilde [..., I], mask [...] True = real token.
+
+        Raises NumericError NU01 for non-finite outputs.
+        """
+        theirs, seen = (t.reshape(-1, t.shape[-1]).float() for t in (y, x_tilde))
+        if mask is not None:
+            theirs, seen = theirs[mask.reshape(-1)], seen[mask.reshape(-1)]
+        require_finite(theirs, "the original outputs of a layer")
+        self._sum.addmm_(theirs.T, seen)
+        self.num_tokens += len(seen)
+
+    def drift(self, weight: Tensor, hessian: Tensor) -> Tensor:
+        """W D [O, I] for the weight fp32 [O, I] and H of the same tokens, in the sum's memory."""
+        return self._sum.div_(max(self.num_tokens, 1)).addmm_(weight, hessian, alpha=-1)

@@ -6,9 +6,10 @@ linears; which linears share an input is observed, not listed.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -161,23 +162,59 @@ def inputs_of(
     return seen
 
 
-@torch.no_grad()
+class Observed:
+    """A block whose linears hand out inputs or outputs; passes may run side by side."""
+
+    def __init__(self, block: Block, names: Sequence[str], outputs: Sequence[str] = ()) -> None:
+        """Watch the inputs of `names` and the outputs, less the bias, of `outputs`."""
+        self._block, self._here = block, threading.local()
+        linears = block.linears
+        self._handles = [linears[n].register_forward_pre_hook(self._note(n)) for n in names]
+        self._handles += [
+            linears[n].register_forward_hook(self._note_output(n, linears[n].bias)) for n in outputs
+        ]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    @torch.no_grad()
+    def run(self, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run the block to its end: output [B, T, D], and what was watched, by name."""
+        seen: dict[str, Tensor] = {}
+        self._here.seen = seen
+        return self._block.run(hidden, kwargs), seen
+
+    def _note(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, args: self._here.seen.update({name: args[0]})
+
+    def _note_output(
+        self, name: str, bias: Tensor | None
+    ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            # whatever follows may work in the output's own memory: keep another
+            self._here.seen[name] = out.clone() if bias is None else out - bias
+
+        return hook
+
+
 def run_observed(
     block: Block, names: Sequence[str], hidden: Tensor, kwargs: dict[str, Any]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Run the block to its end: output [B, T, D], and the inputs [..., I] of `names`."""
-    seen: dict[str, Tensor] = {}
-
-    def note(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, args: seen.update({name: args[0]})
-
-    handles = [block.linears[n].register_forward_pre_hook(note(n)) for n in names]
-    try:
-        out = block.run(hidden, kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return out, seen
+    """Run the block to its end once: output [B, T, D], and the inputs [..., I] of `names`."""
+    with Observed(block, names) as observed:
+        return observed.run(hidden, kwargs)
 
 
-__all__ = ["Block", "block_tensors", "input_phases", "inputs_of", "load_block", "run_observed"]
+__all__ = [
+    "Block",
+    "Observed",
+    "block_tensors",
+    "input_phases",
+    "inputs_of",
+    "load_block",
+    "run_observed",
+]

@@ -9,8 +9,8 @@ micro-batch runs once and waits at each linear of interest:
     ... change that linear ...
     runs.outputs()                                 each pass goes on to its end
 
-Every pass has a thread of its own, and only one thread runs at any time: numbers and their order
-are those of plain calls.
+Every pass has a thread of its own; as many of them run at once as torch has threads
+(`algorithms.side_by_side`). Numbers and their order are those of plain calls.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from compressor.algorithms.side_by_side import at_once, shared_threads
 from compressor.modeling.block import Block
 
 Forward = Callable[[], Tensor]
@@ -33,7 +34,7 @@ class _Closed(Exception):
 
 
 class PausedRun:
-    """One forward pass in a thread of its own; it runs only inside `resume`."""
+    """One forward pass in a thread of its own; it runs between `resume` and `stopped`."""
 
     def __init__(self, forward: Forward) -> None:
         self.output: Tensor | None = None
@@ -45,13 +46,16 @@ class PausedRun:
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
-    def resume(self) -> tuple[str, Tensor] | None:
-        """Go on to the next stop: the linear's name and input there, None at the end.
+    def resume(self) -> None:
+        """Go on, until `stopped`."""
+        self._at = None
+        self._go.release()
+
+    def stopped(self) -> tuple[str, Tensor] | None:
+        """Wait for the next stop: the linear's name and input there, None at the end.
 
         Raises whatever the forward pass raises.
         """
-        self._at = None
-        self._go.release()
         self._stopped.acquire()
         if self._error is not None:
             raise self._error
@@ -81,7 +85,7 @@ class PausedRun:
                     self.output = self._forward()
         except _Closed:
             pass
-        except BaseException as error:  # handed to the thread that waits in `resume`
+        except BaseException as error:  # handed to the thread that waits in `stopped`
             self._error = error
         finally:
             self._ended = True
@@ -111,8 +115,7 @@ class PausedRuns:
     def inputs(self, name: str) -> list[Tensor]:
         """Input [..., I] of a linear in every micro-batch."""
         found = []
-        for run in self._runs:
-            at = run.resume()
+        for _, at in self._resumed():
             if at is None or at[0] != name:
                 raise RuntimeError(f"a pass was to stop at {name}, it is at {at and at[0]}")
             found.append(at[1])
@@ -120,12 +123,22 @@ class PausedRuns:
 
     def outputs(self) -> Iterator[Tensor]:
         """Output [B, T, D] of the block for each micro-batch, after its last stop."""
-        for run in self._runs:
-            at = run.resume()
+        for run, at in self._resumed():
             if at is not None or run.output is None:
                 raise RuntimeError(f"a pass was to end, it is at {at and at[0]}")
             yield run.output
             run.output = None
+
+    def _resumed(self) -> Iterator[tuple[PausedRun, tuple[str, Tensor] | None]]:
+        """All passes and where they are, after each was resumed; as many at once as may be."""
+        count = at_once()
+        for first in range(0, len(self._runs), count):
+            window = self._runs[first : first + count]
+            with shared_threads(count):
+                for run in window:
+                    run.resume()
+                stops = [run.stopped() for run in window]
+            yield from zip(window, stops, strict=True)
 
     def close(self) -> None:
         """End what still waits; the block runs plainly again."""

@@ -17,12 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from compressor.algorithms.side_by_side import side_by_side
 from compressor.data import TokenRows
 from compressor.errors import NumericError, Where
 from compressor.modeling.activations import ActivationStore
@@ -62,7 +64,9 @@ class Walk:
         self.skeleton = state.skeleton()
         self.skeleton.fill_outer(state.read_outer(self.skeleton), torch.float32)
         self.rows_per_batch = max(1, options.tokens_per_batch // self.tokens.shape[1])
-        self._kwargs: dict[int, list[dict[str, Any]]] = {}
+        self._kwargs: dict[tuple[int, int], list[dict[str, Any]]] = {}  # by batch
+        masks = 4 * self.tokens.shape[0] * self.tokens.shape[1] ** 2  # fp32, of all rows
+        self._keeps_kwargs = not self.has_row_masks or masks <= options.limit_bytes
 
     @property
     def num_blocks(self) -> int:
@@ -106,12 +110,14 @@ class Walk:
 
     def kwargs(self, rows: slice, position: int) -> dict[str, Any]:
         """What transformers passes to block `position` besides the hidden states."""
-        if self.has_row_masks:
-            return self._enter(rows)[1][position]
-        count = rows.stop - rows.start
-        if count not in self._kwargs:
-            self._kwargs[count] = self.skeleton.enter(self.tokens[rows])[1]
-        return self._kwargs[count][position]
+        start = rows.start if self.has_row_masks else 0
+        batch = (start, start + rows.stop - rows.start)
+        if batch not in self._kwargs:
+            found = self._enter(rows)[1]
+            if not self._keeps_kwargs:
+                return found[position]
+            self._kwargs[batch] = found
+        return self._kwargs[batch][position]
 
     def load(self, position: int) -> Block:
         """Read one block of the state and build it."""
@@ -126,8 +132,11 @@ class Walk:
         """
         if stream.passed == position:
             return
-        outputs = (block.run(stream.read(r), self.kwargs(r, position)) for r in self.batches())
-        self.take_outputs(stream, outputs, position)
+        passes = (
+            partial(block.run, stream.read(rows), self.kwargs(rows, position))
+            for rows in self.batches()
+        )
+        self.take_outputs(stream, side_by_side(passes), position)
 
     def take_outputs(
         self, stream: ActivationStore, outputs: Iterable[Tensor], position: int
@@ -155,6 +164,8 @@ class Walk:
         return None if self.mask is None else self.mask[rows].long()
 
     def _check_finite(self, out: Tensor, rows: slice, position: int) -> None:
+        if bool(torch.isfinite(out.sum())):  # one pass; a sum that overflows is looked at closely
+            return
         if bool(torch.isfinite(out).all()):
             return
         row = rows.start + int((~torch.isfinite(out)).flatten(1).any(1).nonzero()[0])

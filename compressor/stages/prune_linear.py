@@ -24,21 +24,25 @@ from compressor.stages.statistics import GroupStatistics
 
 
 def prune_linear(
-    config: PruneConfig, linear: StoredLinear, weight: Tensor, found: GroupStatistics
+    config: PruneConfig, linear: StoredLinear, weight: Tensor, found: tuple[str, GroupStatistics]
 ) -> dict[str, Any]:
-    """Prune a linear towards W* of the dense `weight` [O, I]; the facts of the report."""
-    target, strength = found.target(weight)
-    mask, first = proposed(config, target, found.hessian)
-    kept = solved(config, target, found.hessian, (mask, first))
+    """Prune a linear towards W* of the dense `weight` [O, I]; the facts of the report.
+
+    found: the linear's name and the statistics of its group.
+    """
+    name, statistics = found
+    target, strength = statistics.target(weight, [name])
+    mask, first = proposed(config, target, statistics.hessian)
+    kept = solved(config, target, statistics.hessian, (mask, first))
     rounding: dict[str, Any] = {}
     if linear.format is None:
         linear.set_dense(kept)
     else:
-        job = Rounding(kept, found.hessian, linear.format, mask)
+        job = Rounding(kept, statistics.hessian, linear.format, mask)
         rounding = round_stack([linear], job)
-    total = hessian_error(target, found.hessian)
-    cut = hessian_error(target * mask - target, found.hessian)
-    error = hessian_error(linear.dense() - target, found.hessian)
+    total = hessian_error(target, statistics.hessian)
+    cut = hessian_error(target * mask - target, statistics.hessian)
+    error = hessian_error(linear.dense() - target, statistics.hessian)
     return {
         **rounding,
         **counts(config, linear),
@@ -46,7 +50,7 @@ def prune_linear(
         "error": error,
         "relative_error": error / total if total else 0.0,
         "strength": strength,
-        "num_tokens": found.num_tokens,
+        "num_tokens": statistics.num_tokens,
     }
 
 

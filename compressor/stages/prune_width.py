@@ -242,7 +242,7 @@ class _Cut:
     ) -> None:
         """Choose the kept inputs [K] of a reader, mend it, and let the block compute with that."""
         columns = self._choose(name, linear.dense(), found.hessian)
-        target, strength = found.target(weight) if self.repair else (linear.dense(), 0.0)
+        target, strength = found.target(weight, [name]) if self.repair else (linear.dense(), 0.0)
         solved = self._solved(name, target, columns, found.hessian)
         self._store_reader(name, solved, (columns, found.hessian))
         full = torch.zeros_like(target)

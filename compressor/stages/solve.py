@@ -83,7 +83,7 @@ class BlockSolver:
         for name in group:
             by_format.setdefault(formats[name], []).append(name)
         jobs = {f: self._job(block, n, f, statistics) for f, n in by_format.items()}
-        statistics.cross = None  # all targets are known
+        statistics.forget_drift()  # all targets are known
         facts: dict[str, Any] = {}
         for fmt, names in by_format.items():
             job, strength = jobs.pop(fmt)
@@ -102,7 +102,7 @@ class BlockSolver:
         weight = torch.cat(parts) if len(parts) > 1 else parts[0]
         del parts
         mask = weight != 0 if any(n in block.masked for n in names) else None
-        target, strength = statistics.target(weight)
+        target, strength = statistics.target(weight, names)
         if mask is not None:
             target = reconstruct(target, statistics.hessian, mask, start=weight)
         settings = (self.config.grid, self.config.dampening, names[0])

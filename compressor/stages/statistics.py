@@ -16,16 +16,18 @@ experts, are run again from their start for each group.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from compressor.algorithms.asymmetric import asymmetric_target, correction_strength
-from compressor.algorithms.hessian import HessianAccumulator
+from compressor.algorithms.asymmetric import asymmetric_target, correction_strength, target_of_drift
+from compressor.algorithms.hessian import HessianAccumulator, OutputAccumulator
+from compressor.algorithms.side_by_side import side_by_side
 from compressor.modeling.activations import ActivationStore
-from compressor.modeling.block import Block, input_phases, inputs_of, run_observed
+from compressor.modeling.block import Block, Observed, input_phases, inputs_of
 from compressor.modeling.families import EXPERT
 from compressor.modeling.paused import PausedRuns
 from compressor.modeling.walk import Walk
@@ -57,9 +59,10 @@ class Streams:
 
 @dataclass(slots=True, eq=False)
 class GroupStatistics:
-    """H, and D if the target is asymmetric, of one shared input; both [I, I] means over tokens.
+    """H [I, I] of one shared input and, if the target is asymmetric, D; means over tokens.
 
-    Whoever has all targets sets `cross` to None: it is as large as H. `source` says which tokens
+    Where the group has fewer outputs than inputs, `drift` holds W D [O, I] by linear instead of D.
+    Whoever has all targets calls `forget_drift`: D is as large as H. `source` says which tokens
     H is of (`expert_statistics`); num_tokens counts those that the group itself saw.
     """
 
@@ -67,18 +70,25 @@ class GroupStatistics:
     cross: Tensor | None
     num_tokens: int
     source: str = OWN
+    drift: dict[str, Tensor] | None = None
 
-    def target(self, weight: Tensor) -> tuple[Tensor, float]:
-        """W* [O, I] for W [O, I], and the strength of the correction (0 without D)."""
-        if self.cross is None:
+    def target(self, weight: Tensor, names: list[str]) -> tuple[Tensor, float]:
+        """W* of W [O, I], those of the stacked linears `names`; the strength (0: no correction)."""
+        if self.cross is None and self.drift is None:
             return weight, 0.0
         strength, ridge = correction_strength(self.num_tokens, weight.shape[1])
         if strength == 0.0:
             return weight, 0.0
-        corrected = asymmetric_target(
-            weight, self.hessian, self.cross, strength=strength, ridge=ridge
-        )
-        return corrected, strength
+        how = {"strength": strength, "ridge": ridge}
+        if self.drift is not None:
+            drift = torch.cat([self.drift[n] for n in names])
+            return target_of_drift(weight, self.hessian, drift, **how), strength
+        assert self.cross is not None
+        return asymmetric_target(weight, self.hessian, self.cross, **how), strength
+
+    def forget_drift(self) -> None:
+        """Free what only targets need."""
+        self.cross, self.drift = None, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +111,47 @@ class _Pair:
     position: int
     original: Block
     block: Block
+
+
+@dataclass(frozen=True, slots=True)
+class _Watched:
+    """Linears whose inputs, and linears whose outputs a correction needs of the reference."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.inputs + self.outputs
+
+
+class _GroupSums:
+    """H of a group, and D or W D for its correction, batch by batch."""
+
+    def __init__(self, pair: _Pair, group: list[str], watched: _Watched) -> None:
+        self.watched, self._original = watched, pair.original
+        self._columns = pair.block.linears[group[0]].shape[1]
+        heights = {n: pair.block.linears[n].shape[0] for n in watched.outputs}
+        self.total = HessianAccumulator(self._columns, with_cross=bool(watched.inputs))
+        self._products = {n: OutputAccumulator(h, self._columns) for n, h in heights.items()}
+
+    def add(self, x: Tensor, there: Mapping[str, Tensor], mask: Tensor | None) -> None:
+        """Count inputs [t, I] and what was watched [t, I or O]; mask [t] True = real token."""
+        inputs = [there[name] for name in self.watched.inputs]
+        self.total.add(x, inputs[0] if inputs else None, mask)
+        for name, product in self._products.items():
+            product.add(there[name], x, mask)
+
+    def finish(self) -> GroupStatistics:
+        if not self._products:
+            return _statistics(self.total, self._columns)
+        num_tokens = self.total.num_tokens
+        hessian, _ = self.total.finish()
+        drift = {
+            name: product.drift(self._original.linears[name].dense(), hessian)
+            for name, product in self._products.items()
+        }
+        return GroupStatistics(hessian, None, num_tokens, drift=drift)
 
 
 class BlockStatistics:
@@ -156,50 +207,68 @@ class BlockStatistics:
     ) -> Iterator[tuple[list[str], GroupStatistics]]:
         """One pass of each stream through the block."""
         heads = [group[0] for group in groups]
-        there = self._reference_inputs(pair, [n for n in heads if self._wants_cross(pair, n)])
+        watched = {group[0]: self._watched(pair, group) for group in groups}
+        there = self._reference(pair, list(watched.values()))
         forwards = [self._forward(pair, rows) for rows in self.walk.batches()]
         with PausedRuns(pair.block, heads, forwards) as runs:
             for group in groups:
-                head, columns = group[0], pair.block.linears[group[0]].shape[1]
-                total = HessianAccumulator(columns, with_cross=head in there)
-                batches = zip(self.walk.batches(), runs.inputs(head), strict=True)
-                for index, (rows, x) in enumerate(batches):
+                sums = _GroupSums(pair, group, watched[group[0]])
+                seen = {name: there.pop(name) for name in sums.watched.names}
+                here = runs.inputs(group[0])
+                for index, (rows, x) in enumerate(zip(self.walk.batches(), here, strict=True)):
                     if rows.start < self.rows.stop:
-                        y = there[head][index] if head in there else None
-                        total.add(*self._counted(rows, x, y))
-                there.pop(head, None)
-                yield group, _statistics(total, columns)
+                        batch = {name: self._counted(rows, y[index]) for name, y in seen.items()}
+                        sums.add(self._counted(rows, x), batch, self._counted_mask(rows, x))
+                yield group, sums.finish()
             if self.collection.final:
-                outputs = runs.outputs()
-                self.walk.take_outputs(self.streams.compressed, outputs, pair.position)
+                finished = runs.outputs()
+                self.walk.take_outputs(self.streams.compressed, finished, pair.position)
 
     def _forward(self, pair: _Pair, rows: slice) -> Callable[[], Tensor]:
         kwargs = self.walk.kwargs(rows, pair.position)
         return lambda: pair.block.run(self.streams.compressed.read(rows), kwargs)
 
-    def _reference_inputs(self, pair: _Pair, heads: list[str]) -> dict[str, list[Tensor | None]]:
-        """Inputs of `heads`, those that D is wanted of, in the reference, batch by batch.
+    def _reference(self, pair: _Pair, watched: list[_Watched]) -> dict[str, list[Tensor]]:
+        """What corrections need of the reference, by linear, batch by batch.
 
         Batches that only hold measuring rows keep nothing. If `final`, the stream moves on.
         """
-        found: dict[str, list[Tensor | None]] = {n: [] for n in heads}
-        if not heads:
+        inputs = [name for w in watched for name in w.inputs]
+        outputs = [name for w in watched for name in w.outputs]
+        found: dict[str, list[Tensor]] = {name: [] for name in [*inputs, *outputs]}
+        if not found:
             return {}
         stream, position = self.streams.reference, pair.position
 
-        def outputs() -> Iterator[Tensor]:
-            for rows in self.walk.batches():
-                kwargs = self.walk.kwargs(rows, position)
-                out, seen = run_observed(pair.original, heads, stream.read(rows), kwargs)
-                for name, x in seen.items():
-                    found[name].append(x if rows.start < self.rows.stop else None)
+        def passed(observed: Observed) -> Iterator[Tensor]:
+            passes = (
+                partial(observed.run, stream.read(rows), self.walk.kwargs(rows, position))
+                for rows in self.walk.batches()
+            )
+            for rows, (out, seen) in zip(self.walk.batches(), side_by_side(passes), strict=True):
+                for name, x in seen.items() if rows.start < self.rows.stop else ():
+                    found[name].append(x)
                 yield out
 
-        if self.collection.final:
-            self.walk.take_outputs(stream, outputs(), position)
-        else:
-            deque(outputs(), maxlen=0)
+        with Observed(pair.original, inputs, outputs) as observed:
+            if self.collection.final:
+                self.walk.take_outputs(stream, passed(observed), position)
+            else:
+                deque(passed(observed), maxlen=0)
         return found
+
+    def _watched(self, pair: _Pair, group: list[str]) -> _Watched:
+        """What of the reference the correction of a group needs: nothing, inputs or outputs.
+
+        W D costs less than D if O < I, and comes of the outputs if the reference has this W.
+        """
+        if not self._wants_cross(pair, group[0]):
+            return _Watched((), ())
+        here, there = pair.block.linears, pair.original.linears
+        rows, columns = sum(here[n].shape[0] for n in group), here[group[0]].shape[1]
+        if rows < columns and all(torch.equal(here[n].dense(), there[n].dense()) for n in group):
+            return _Watched((), tuple(group))
+        return _Watched((group[0],), ())
 
     def _wants_cross(self, pair: _Pair, name: str) -> bool:
         """Whether there can be enough tokens to correct the target; D is as much work as H."""
@@ -207,48 +276,59 @@ class BlockStatistics:
         columns = pair.block.linears[name].shape[1]
         return self.collection.asymmetric and correction_strength(tokens, columns)[0] > 0.0
 
-    def _counted(
-        self, rows: slice, x: Tensor, there: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Of a batch of all rows the calibration tokens: x~ [t, I], x [t, I] and the mask [t]."""
-        count, length = rows.stop - rows.start, self.walk.tokens.shape[1]
-        part = slice(rows.start, min(rows.stop, self.rows.stop))
-        kept = (part.stop - part.start) * (x.shape[:-1].numel() // count)
-        mask = None if self.walk.mask is None else self.walk.mask[part].flatten()
-        if mask is not None and kept != len(mask):
-            raise ValueError(f"a linear sees {kept} inputs for {count} rows of {length} tokens")
-        return _flat(x)[:kept], None if there is None else _flat(there)[:kept], mask
+    def _counted(self, rows: slice, x: Tensor) -> Tensor:
+        """Of a batch [B, T, ...] of any rows those of calibration rows, [t, I]."""
+        count = min(rows.stop, self.rows.stop) - rows.start
+        return _flat(x)[: count * (x.shape[:-1].numel() // (rows.stop - rows.start))]
+
+    def _counted_mask(self, rows: slice, x: Tensor) -> Tensor | None:
+        """Which of the counted tokens are real; None if all are."""
+        if self.walk.mask is None:
+            return None
+        mask = self.walk.mask[rows.start : min(rows.stop, self.rows.stop)].flatten()
+        if len(mask) != len(self._counted(rows, x)):
+            raise ValueError(f"a linear sees {x.shape[:-1]} inputs for rows of padded tokens")
+        return mask
 
     def _collect(
         self, pair: _Pair, phase: list[list[str]]
     ) -> Iterator[tuple[list[str], GroupStatistics]]:
         """Run the calibration rows from the block's start to a phase of groups."""
         position, block = pair.position, pair.block
-        heads = [group[0] for group in phase]
-        expert = EXPERT.match(heads[0]) is not None
-        cross = [] if expert else [n for n in heads if self._wants_cross(pair, n)]
+        expert = EXPERT.match(phase[0][0]) is not None
+        nothing = _Watched((), ())
         sums = {
-            n: HessianAccumulator(block.linears[n].shape[1], with_cross=n in cross) for n in heads
+            g[0]: _GroupSums(pair, g, nothing if expert else self._watched(pair, g)) for g in phase
         }
         for rows in self.walk.batches(self.rows):
             kwargs = self.walk.kwargs(rows, position)
-            here = inputs_of(block, heads, self.streams.compressed.read(rows), kwargs)
-            there = (
-                inputs_of(pair.original, cross, self.streams.reference.read(rows), kwargs)
-                if cross
-                else {}
-            )
+            here = inputs_of(block, list(sums), self.streams.compressed.read(rows), kwargs)
+            there = self._reference_batch(pair, rows, [s.watched for s in sums.values()])
             for name, x in here.items():
-                y = _flat(there[name]) if name in there else None
-                sums[name].add(_flat(x), y, self._mask(rows, x))
-        layers = self._layers(pair, sums)
+                sums[name].add(_flat(x), there, self._mask(rows, x))
+        layers = self._layers(pair, {name: s.total for name, s in sums.items()})
         for group in phase:
-            total, columns = sums.pop(group[0]), block.linears[group[0]].shape[1]
-            layer = layers.get(group[0])
+            of_group, layer = sums.pop(group[0]), layers.get(group[0])
             if layer is None:
-                yield group, _statistics(total, columns)
+                yield group, of_group.finish()
             else:
-                yield group, GroupStatistics(layer, None, total.num_tokens, LAYER)
+                yield group, GroupStatistics(layer, None, of_group.total.num_tokens, LAYER)
+
+    def _reference_batch(
+        self, pair: _Pair, rows: slice, watched: list[_Watched]
+    ) -> dict[str, Tensor]:
+        """What corrections need of the reference for some rows, by linear."""
+        inputs = [name for w in watched for name in w.inputs]
+        outputs = [name for w in watched for name in w.outputs]
+        if not inputs and not outputs:
+            return {}
+        hidden, kwargs = self.streams.reference.read(rows), self.walk.kwargs(rows, pair.position)
+        if not outputs:
+            seen = inputs_of(pair.original, inputs, hidden, kwargs)
+        else:
+            with Observed(pair.original, inputs, outputs) as observed:
+                _, seen = observed.run(hidden, kwargs)
+        return {name: _flat(x) for name, x in seen.items()}
 
     def _mask(self, rows: slice, x: Tensor) -> Tensor | None:
         if self.walk.mask is None or x.ndim != 3:

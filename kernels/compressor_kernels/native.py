@@ -58,6 +58,8 @@ _SIGNATURES = {
     "pack": [POINTER, POINTER, LONG, LONG, LONG, INT],
     "block_in": [POINTER, POINTER, LONG, *[POINTER] * 6, INT],
     "block_out": [POINTER, POINTER, POINTER, LONG, POINTER, POINTER, INT],
+    "round_columns": [POINTER],
+    "group_errors": [POINTER],
     "attend": [*[POINTER] * 8, ctypes.c_float],
     "decode": [POINTER, LONG, POINTER, LONG, *[POINTER] * 4, LONG, POINTER, INT],
 }

@@ -1,0 +1,111 @@
+/* Columns of a weight rounded one after another, each with the errors of those before it (GPTQ).
+ *
+ *     c_j = w_j + before_j + sum_{i<j} e_i R_ij,    w^_j = s (round(c_j / s) kept in 0..top),
+ *     e_j = w_j - w^_j
+ *
+ * Rows are independent: a thread takes `PART` of them through all columns of a block, so that the
+ * errors stay in the first cache. Matrices lie transposed, [columns, rows].
+ *
+ * Letters: O rows of the weight, B columns of the block. */
+#include <math.h>
+#include <stdint.h>
+
+#define PART 64
+#define MOST 128 /* columns of a block */
+
+typedef struct {
+    float *weights;      /* [B, O] w, replaced by e */
+    const float *before; /* [B, O] */
+    const float *root;   /* [B, B], R_ij above the diagonal */
+    const float *scale;  /* [groups, O] */
+    const float *zero;   /* [groups, O] */
+    const int64_t *group; /* [B] group of each column */
+    const uint8_t *keep; /* [B, O], 0: the weight stays 0; may be null */
+    float *misses;       /* [B, O] c - w^ */
+    uint8_t *codes;      /* [B, O] */
+    int32_t *clipped;    /* [O] counts codes that wanted to lie outside, added to */
+    int64_t rows, columns;
+    float top;
+} Rounding;
+
+/* One column of a part: `wanted` to codes, errors and misses. */
+static inline void round_column(
+    const Rounding *r, int64_t at, int64_t grid, int count, const float *restrict wanted,
+    float *restrict errors, int32_t *restrict clipped
+) {
+    const float *restrict scale = r->scale + grid, *restrict zero = r->zero + grid;
+    float *restrict weights = r->weights + at, *restrict misses = r->misses + at;
+    uint8_t *restrict codes = r->codes + at;
+    const uint8_t *restrict keep = r->keep ? r->keep + at : 0;
+    const float top = r->top;
+    float kept[PART];
+    for (int n = 0; n < count; n++) kept[n] = wanted[n];
+    if (keep)
+        for (int n = 0; n < count; n++) kept[n] *= keep[n];
+    for (int n = 0; n < count; n++) {
+        const float asked = rintf(kept[n] / scale[n]) + zero[n];
+        const float low = asked > 0.0f ? asked : 0.0f;
+        const float code = low < top ? low : top;
+        const float rounded = (code - zero[n]) * scale[n];
+        errors[n] = weights[n] - rounded;
+        weights[n] = errors[n];
+        misses[n] = wanted[n] - rounded;
+        codes[n] = (uint8_t)code;
+        clipped[n] += code != asked;
+    }
+}
+
+static void round_part(const Rounding *r, int64_t first, int count) {
+    float errors[MOST][PART], wanted[PART];
+    for (int64_t j = 0; j < r->columns; j++) {
+        const int64_t at = j * r->rows + first;
+        const float *restrict weights = r->weights + at, *restrict before = r->before + at;
+        for (int n = 0; n < count; n++) wanted[n] = weights[n] + before[n];
+        for (int64_t i = 0; i < j; i++) {
+            const float share = r->root[i * r->columns + j];
+            const float *restrict error = errors[i];
+            for (int n = 0; n < count; n++) wanted[n] += share * error[n];
+        }
+        const int64_t grid = r->group[j] * r->rows + first;
+        round_column(r, at, grid, count, wanted, errors[j], r->clipped + first);
+    }
+}
+
+void round_columns(const Rounding *r) {
+#pragma omp parallel for schedule(static)
+    for (int64_t first = 0; first < r->rows; first += PART)
+        round_part(r, first, (int)(r->rows - first < PART ? r->rows - first : PART));
+}
+
+/* Squared error of each group on its grid: sum_i weight_i (s (code_i - zero) - w_i)^2. */
+typedef struct {
+    const float *groups; /* [N, K] */
+    const float *scale;  /* [N] */
+    const float *zero;   /* [N] */
+    const float *weight; /* [period, K], of group n: n % period; may be null */
+    float *errors;       /* [N] */
+    int64_t count, size, period;
+    float top;
+} Errors;
+
+static inline float group_error(const Errors *e, int64_t n, int weighted) {
+    const float *restrict w = e->groups + n * e->size;
+    const float *restrict weight = weighted ? e->weight + n % e->period * e->size : w;
+    const float scale = e->scale[n], low = -e->zero[n], high = e->top - e->zero[n];
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < e->size; i++) {
+        const float asked = rintf(w[i] / scale);
+        const float above = asked > low ? asked : low;
+        const float code = above < high ? above : high;
+        const float miss = code * scale - w[i];
+        sum += weighted ? weight[i] * miss * miss : miss * miss;
+    }
+    return sum;
+}
+
+void group_errors(const Errors *e) {
+#pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < e->count; n++)
+        e->errors[n] = e->weight ? group_error(e, n, 1) : group_error(e, n, 0);
+}

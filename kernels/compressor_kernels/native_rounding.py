@@ -1,0 +1,96 @@
+"""The inner loops of quantization in C (`round.c`): GPTQ's columns, and the search for grids."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compressor_kernels.native import LONG, POINTER, needed
+
+MOST_COLUMNS = 128  # of one call
+
+
+class _RoundingStruct(ctypes.Structure):
+    """`Rounding` of round.c."""
+
+    _fields_ = (
+        *((name, POINTER) for name in ("weights", "before", "root", "scale", "zero", "group")),
+        *((name, POINTER) for name in ("keep", "misses", "codes", "clipped")),
+        ("rows", LONG),
+        ("columns", LONG),
+        ("top", ctypes.c_float),
+    )
+
+
+class _ErrorsStruct(ctypes.Structure):
+    """`Errors` of round.c."""
+
+    _fields_ = (
+        *((name, POINTER) for name in ("groups", "scale", "zero", "weight", "errors")),
+        *((name, LONG) for name in ("count", "size", "period")),
+        ("top", ctypes.c_float),
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class UniformLevels:
+    """Uniform grids: scale and zero fp32 [G, O], group int64 [B] of each column, codes 0..top."""
+
+    scale: Tensor
+    zero: Tensor
+    group: Tensor
+    top: int
+
+
+def round_columns(
+    weights: Tensor, before: Tensor, root: Tensor, levels: UniformLevels, keep: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Round columns [B, O] in their order, B at most `MOST_COLUMNS`.
+
+    Args:
+        weights: fp32 [B, O], replaced by the errors w - w^.
+        before: fp32 [B, O], what errors of earlier blocks add to what is rounded.
+        root: fp32 [B, B]; column j is rounded as w_j + before_j + sum_{i<j} error_i root_ij.
+        levels: the grid.
+        keep: bool [B, O]; False forces the zero point.
+
+    Returns what was rounded less w^ [B, O], codes uint8 [B, O], and clipped codes int32 [O].
+    Raises RuntimeError where nothing can be compiled, ValueError for other dtypes or shapes.
+    """
+    columns, rows = weights.shape
+    floats = (weights, before, root, levels.scale, levels.zero)
+    if any(t.dtype != torch.float32 or not t.is_contiguous() for t in floats):
+        raise ValueError("columns are rounded in contiguous float32 tensors")
+    if before.shape != weights.shape or root.shape != (columns, columns) or columns > MOST_COLUMNS:
+        raise ValueError(f"{before.shape} and {root.shape} do not belong to {weights.shape}")
+    misses, codes = torch.empty_like(weights), torch.empty_like(weights, dtype=torch.uint8)
+    clipped = torch.zeros(rows, dtype=torch.int32)
+    keep = None if keep is None else keep.contiguous()
+    tensors = (*floats, levels.group, keep, misses, codes, clipped)
+    pointers = (None if t is None else t.data_ptr() for t in tensors)
+    struct = _RoundingStruct(*pointers, rows, columns, float(levels.top))
+    needed().round_columns(ctypes.byref(struct))
+    return misses, codes, clipped
+
+
+def group_errors(
+    groups: Tensor, scale: Tensor, zero: Tensor, top: int, weight: Tensor | None = None
+) -> Tensor:
+    """Squared error [O, G] of rounding groups [O, G, g] to codes 0..top of scale, zero [O, G].
+
+    weight: [1, G, g], of each squared difference. All fp32. Raises as `round_columns`.
+    """
+    tensors = (groups, scale, zero) if weight is None else (groups, scale, zero, weight)
+    if any(t.dtype != torch.float32 for t in tensors) or scale.shape != groups.shape[:2]:
+        raise ValueError(f"groups {groups.shape} and scales {scale.shape} must be float32 and fit")
+    groups, scale, zero, *more = (t.contiguous() for t in tensors)
+    errors = torch.empty_like(scale)
+    pointers = (t.data_ptr() for t in (groups, scale, zero))
+    weights = more[0].data_ptr() if more else None
+    sizes = (scale.numel(), groups.shape[2], groups.shape[1])
+    struct = _ErrorsStruct(*pointers, weights, errors.data_ptr(), *sizes, float(top))
+    needed().group_errors(ctypes.byref(struct))
+    return errors

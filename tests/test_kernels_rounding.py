@@ -1,0 +1,95 @@
+"""The C loops of quantization against the same thing written with torch."""
+
+import pytest
+import torch
+
+from compressor.algorithms import gptq as gptq_module
+from compressor.algorithms.gptq import gptq
+from compressor.algorithms.grid import mse_grid, quantize
+from compressor_kernels import native
+from compressor_kernels.native_rounding import (
+    MOST_COLUMNS,
+    UniformLevels,
+    group_errors,
+    round_columns,
+)
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason=native.reason())
+
+
+def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def plain_rounding(weights, before, root, levels, keep):
+    """One weight at a time, in fp64."""
+    columns, rows = weights.shape
+    errors, misses = torch.zeros(columns, rows, dtype=torch.float64), torch.zeros(columns, rows)
+    codes, clipped = torch.zeros(columns, rows, dtype=torch.uint8), torch.zeros(rows)
+    for j in range(columns):
+        scale, zero = (t[levels.group[j]].double() for t in (levels.scale, levels.zero))
+        wanted = weights[j].double() + before[j] + root[:j, j].double() @ errors[:j]
+        kept = wanted if keep is None else wanted * keep[j]
+        asked = (kept / scale).round() + zero
+        code = asked.clamp(0, levels.top)
+        rounded = (code - zero) * scale
+        errors[j], misses[j] = weights[j] - rounded, wanted - rounded
+        codes[j], clipped = code, clipped + (code != asked)
+    return errors, misses, codes, clipped
+
+
+@pytest.mark.parametrize("rows", [1, 63, 64, 200])
+@pytest.mark.parametrize("masked", [False, True])
+def test_columns_are_rounded_as_one_by_one(rows, masked):
+    weights, before = numbers(48, rows), 0.1 * numbers(48, rows, seed=1)
+    root = 0.2 * numbers(48, 48, seed=2).triu(1)
+    scale = 0.1 + numbers(3, rows, seed=3).abs()
+    zero = torch.full((3, rows), 4.0)
+    levels = UniformLevels(scale, zero, torch.arange(48) // 16, 7)
+    keep = numbers(48, rows, seed=4) > 0 if masked else None
+    errors, misses, codes, clipped = plain_rounding(weights, before, root, levels, keep)
+    found = round_columns(weights, before, root, levels, keep)
+    assert torch.equal(found[1], codes)
+    assert torch.equal(found[2].float(), clipped)
+    torch.testing.assert_close(found[0], misses, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(weights.double(), errors, atol=1e-4, rtol=1e-4)
+
+
+def test_what_does_not_fit_together_is_refused():
+    levels = UniformLevels(torch.ones(1, 4), torch.ones(1, 4), torch.zeros(8).long(), 3)
+    with pytest.raises(ValueError, match="do not belong"):
+        round_columns(torch.ones(8, 4), torch.ones(8, 4), torch.ones(7, 7), levels)
+    many = torch.ones(MOST_COLUMNS + 1, 4)
+    with pytest.raises(ValueError, match="do not belong"):
+        round_columns(many, many.clone(), torch.ones(len(many), len(many)), levels)
+    with pytest.raises(ValueError, match="float32"):
+        round_columns(torch.ones(8, 4).double(), torch.ones(8, 4), torch.ones(8, 8), levels)
+
+
+@pytest.mark.parametrize("size", [1, 16, 32, 33, 128])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_errors_of_groups_are_sums_of_squares(size, weighted):
+    groups = numbers(5, 3, size)
+    scale = 0.2 + 0.1 * numbers(5, 3, seed=1).abs()
+    scale[0] *= -1  # symmetric grids may have negative scales
+    zero = torch.randint(0, 16, (5, 3), generator=torch.Generator().manual_seed(2)).float()
+    weight = numbers(1, 3, size, seed=3).square() if weighted else None
+    code = ((groups / scale[..., None]).round() + zero[..., None]).clamp(0, 15)
+    square = ((code - zero[..., None]) * scale[..., None] - groups).square()
+    expected = (square if weight is None else square * weight).sum(-1)
+    found = group_errors(groups, scale, zero, 15, weight)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), [(2, True), (3, False), (4, True), (8, False)])
+def test_gptq_and_its_grid_are_those_of_torch(bits, symmetric, monkeypatch):
+    w, x = numbers(96, 160), numbers(600, 160, seed=1)
+    mask = numbers(96, 160, seed=2) > -0.5
+    found = []
+    for library in (native.library, lambda: None):
+        monkeypatch.setattr(gptq_module.native, "library", library)
+        grid = mse_grid(w, bits=bits, group_size=32, symmetric=symmetric)
+        result = gptq(w, x.T @ x / 600, grid=grid, mask=mask)
+        found.append((grid.scale, quantize(w, grid), result.codes, result.error))
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain)
