@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.prune_budget import METHODS, _stages
 from benchmarks.prune_cases import (
     HALF,
     PEERS,
@@ -20,6 +22,7 @@ from benchmarks.prune_cases import (
     recipe_of,
 )
 from benchmarks.prune_tables import goals
+from benchmarks.subjects import Subject
 from compressor.recipe import parse_recipe
 
 CONFIG = {"num_hidden_layers": 9, "intermediate_size": 768}
@@ -60,6 +63,21 @@ def test_students_that_lost_little_learn_slowly(tmp_path: Path):
         (stage,) = (s for s in json.loads(text)["stages"] if s["kind"] == "distill")
         assert stage["learning_rate"] == rate
         assert stage["data"]["packing"] == "rows"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_shape_and_bits_keep_to_one_size(tmp_path: Path, method: str):
+    files = tmp_path, Path("calibration.jsonl"), Path("evaluation.jsonl")
+    subject = Subject("babyllama-tok361", *files, (32,), (32,))
+    parts = _stages(subject, method, 5000, Namespace(work=tmp_path, steps=6))
+    ends = {"kind": "calibrate"}, {"kind": "pack"}
+    body = {"name": "x", "model": {"path": "m"}, "output": "o"}
+    text = json.dumps(body | {"stages": [ends[0], *parts, ends[1]]})
+    kinds = [stage.kind for stage in parse_recipe(text, file="cell").stages]
+    assert ("prune" in kinds) == method.startswith("shape")
+    assert ("distill" in kinds) == method.endswith("distilled")
+    limits = [p.get("budget", p.get("target", {})).get("size") for p in parts]
+    assert {size for size in limits if size} == {"5000B"}
 
 
 def test_goals_are_told_as_they_were_measured():
