@@ -43,6 +43,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--model", type=Path, help="folder for the random model (kept)")
     parser.add_argument("--llama-bench", type=Path, help="llama.cpp's benchmark")
     parser.add_argument("--gguf-py", type=Path, help="llama.cpp's gguf-py folder")
+    parser.add_argument("--dense", nargs="*", default=["bfloat16", "float32"])
     parser.add_argument("--name", default=platform.machine())
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args(arguments)
@@ -108,6 +109,8 @@ def _model(options: argparse.Namespace) -> Row:
             if gguf is not None:
                 theirs = _llama_bench(options.llama_bench, gguf, options.threads)
                 turns_of.setdefault("llama.cpp", []).append(theirs)
+            for dtype in options.dense:
+                turns_of.setdefault(f"transformers {dtype}", []).append(_dense(dtype, options))
             log.info("%s", {name: rows[-1] for name, rows in turns_of.items()})
     return {"read_bytes": shape.read_bytes, "turns": turns_of, "summary": _summary(turns_of, shape)}
 
@@ -139,6 +142,13 @@ def _llama_bench(binary: Path, gguf: Path, threads: int) -> Row:
     return {kind: median(row["samples_ts"]) for kind, row in kinds.items()}
 
 
+def _dense(dtype: str, options: argparse.Namespace) -> Row:
+    words = ["-m", "benchmarks.cpu_dense", dtype, str(options.threads)]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True)
+    found: Row = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
 def _bandwidth() -> float:
     """Read bandwidth in GB/s, the best of some sums over half a GB."""
     data = torch.ones(1 << 27)
@@ -146,15 +156,19 @@ def _bandwidth() -> float:
     return data.nbytes / min(times) / 1e9
 
 
+def _bytes(name: str, shape: Shape) -> float:
+    """Of the weights that one token reads."""
+    bits = {"transformers bfloat16": 16, "transformers float32": 32}.get(name, 4.5)
+    return shape.read_bytes * bits / 4.5
+
+
 def _summary(turns_of: dict[str, list[Row]], shape: Shape) -> Row:
     found: Row = {}
     for name, rows in turns_of.items():
         decode = median(row["decode"] for row in rows)
-        found[name] = {
-            "prefill": median(row["prefill"] for row in rows),
-            "decode": decode,
-            "gb_per_s": decode * shape.read_bytes / 1e9,
-        }
+        found[name] = {"decode": decode, "gb_per_s": decode * _bytes(name, shape) / 1e9}
+        if "prefill" in rows[0]:
+            found[name]["prefill"] = median(row["prefill"] for row in rows)
     found["read_gb_per_s"] = median(row["read"] for row in turns_of["ours"])
     if "llama.cpp" in found:
         pairs = list(zip(turns_of["ours"], turns_of["llama.cpp"], strict=True))
@@ -188,12 +202,11 @@ def _model_table(summary: Row) -> str:
         "## Llama 1.1 B, 4.5 bits a weight, one sequence of 128 + 16 tokens\n",
         "| | prefill tok/s | decode tok/s | weights GB/s |\n|---|---:|---:|---:|",
     ]
-    for name in ("ours", "llama.cpp"):
+    for name in ("ours", "llama.cpp", "transformers bfloat16", "transformers float32"):
         if name in summary:
             row = summary[name]
-            lines.append(
-                f"| {name} | {row['prefill']:.1f} | {row['decode']:.1f} | {row['gb_per_s']:.1f} |"
-            )
+            prefill = f"{row['prefill']:.1f}" if "prefill" in row else ""
+            lines.append(f"| {name} | {prefill} | {row['decode']:.1f} | {row['gb_per_s']:.1f} |")
     lines.append(f"| reading alone | | | {summary['read_gb_per_s']:.1f} |")
     if "decode_ratio" in summary:
         lines.append(

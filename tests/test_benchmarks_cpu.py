@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import cpu, cpu_linears
+from benchmarks import cpu, cpu_dense, cpu_linears
 from benchmarks.cpu_linears import candidates, turns
 from benchmarks.cpu_model import Shape, write_artifact
 from compressor.modeling.load import load_model
@@ -44,3 +44,17 @@ def test_ratios_are_those_of_turns_side_by_side():
     assert (summary["prefill_ratio"], summary["decode_ratio"]) == (2.0, 2.0)
     page = cpu._model_table(summary)
     assert "prefill 2.00, decode 2.00" in page
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_dense_model_of_the_same_shape_is_timed(dtype):
+    found = cpu_dense.measure(cpu_dense._model(SMALL, dtype), long_prompt=False)
+    assert found["decode"] > 0
+    assert "prefill" not in found
+    rows = [{"prefill": 1.0, "decode": 1.0, "read": 9.0}]
+    turns_of = {"ours": rows, "transformers bfloat16": [{"decode": 0.5}]}
+    summary = cpu._summary(turns_of, SMALL)
+    assert summary["transformers bfloat16"]["gb_per_s"] == pytest.approx(
+        0.5 * SMALL.read_bytes / 4.5 * 16 / 1e9
+    )
+    assert "| transformers bfloat16 |  | 0.5 |" in cpu._model_table(summary)
