@@ -6,8 +6,7 @@ A size of b bits is that of the uniform model in b bits, groups of 32 (2.5: half
 
     bits               a quantize stage with that budget
     shape              a prune stage with that target, then the same quantize stage
-    ..., distilled     with a distill stage of the same steps: of scales and norms behind the bits,
-                       of the weights between shape and bits
+    ..., distilled     and a distill stage behind the bits, of scales and norms
 
 see the same calibration rows; `prune_distill` has the text of the training. KL and lost cross-
 entropy (damage) are those of held-out rows that nothing was chosen on. Finished cells are kept.
@@ -37,7 +36,7 @@ Stage = dict[str, Any]
 METHODS = ("bits", "shape", "bits, distilled", "shape, distilled")
 FORMATS: Stage = {"candidates": ["W2A16", "W3A16", "W4A16", "W8A16"], "group_size": 32}
 SHAPES: Stage = {"mlp": [0.875, 0.75, 0.5], "kv_groups": [0.5], "max_dropped": 0.5}
-RATE, SCALES_RATE = 3e-4, 2e-4
+RATE = 2e-4
 HEADER = (
     "| model | size | method | bytes | shape | KL | damage |\n|---|---|---|---:|---|---:|---:|\n"
 )
@@ -107,13 +106,9 @@ def _stages(subject: Subject, method: str, size: int, options: argparse.Namespac
     teach: Stage = {"kind": "distill", "steps": options.steps, "batch_size": 16}
     teach |= {"data": {"source": str(training.text), "packing": training.packing, **rows}}
     teach |= {"checkpoint_steps": max(1, options.steps // 6)}
-    scales = {"train": "scales_and_norms", "learning_rate": SCALES_RATE}
-    return {
-        "bits": bits,
-        "shape": [*shape, *bits],
-        "bits, distilled": [*bits, teach | scales],
-        "shape, distilled": [*shape, teach | {"learning_rate": RATE}, *bits],
-    }[method]
+    teach |= {"train": "scales_and_norms", "learning_rate": RATE}
+    parts = [*(shape if method.startswith("shape") else []), *bits]
+    return [*parts, teach] if method.endswith("distilled") else parts
 
 
 def _made(subject: Subject, tokens: Tokens, stages: list[Stage], folder: Path) -> dict[str, Any]:
