@@ -293,11 +293,21 @@ def spec(kind="int4", group_size=128, shape=(4096, 4096)):
 
 
 def test_the_rule_fills_the_processors_and_never_leaves_a_split_without_work():
-    small = heuristic("sm_90", spec(), 1)
+    small = heuristic("sm_90", spec(shape=(8192, 4096)), 1)
     assert small.block_m == 8
-    assert small.split_k * 32 >= 2 * 132
+    assert small.split_k * 64 * small.num_warps >= 8 * 132
     assert heuristic("sm_90", spec(shape=(256, 128)), 1).split_k == 1
     assert heuristic("gfx942", spec(), 1).block_m == 16
+
+
+def test_few_rows_take_two_warps_where_four_would_issue_more():
+    def warps(arch, rows, kind="int4", group=128):
+        return heuristic(arch, spec(kind, group), rows).num_warps
+
+    assert [warps("sm_90", rows) for rows in (1, 16, 17)] == [2, 2, 4]
+    assert [warps("sm_90", rows, "int3") for rows in (8, 9)] == [2, 4]  # more would spill
+    assert [warps("sm_100", 1, group=group) for group in (128, -1)] == [2, 4]
+    assert warps("sm_80", 1) == 4
 
 
 def test_the_rule_scales_once_a_group_where_registers_allow_it():

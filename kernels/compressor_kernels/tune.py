@@ -35,7 +35,7 @@ def candidates(arch: str, spec: GemmSpec, rows: int) -> list[KernelConfig]:
     found = [base]
     for split in sorted({max(1, fused.split_k // 2), fused.split_k, min(16, fused.split_k * 2)}):
         found += [replace(fused, split_k=split, num_stages=stages) for stages in (2, 3, 4, 5)]
-    found += [replace(fused, num_warps=warps) for warps in (4, 8)]
+    found += [replace(fused, num_warps=warps) for warps in (2, 4, 8)]
     found += [replace(fused, form=form) for form in forms if _has(spec, form)]
     return list(dict.fromkeys(found))
 

@@ -9,8 +9,11 @@ makes the first request slow. Where the tables are silent the rule below decides
 - form: `group`; `element` where two accumulators would spill (compiled: from 17, 33 or 65 rows on,
   by format) and for groups of 16; `dense` (dequantize, then cuBLAS) from 1024 rows on. AMD has no
   bf16 arithmetic: `raw` for integers, `dense` from 65 rows on;
-- split-K: enough blocks for two per processor, at most 16 splits, every split at least one tile;
-- warps: 4, one a scheduler; 8 where the compiled kernel would spill with 4;
+- split-K: enough blocks for two per processor (four of two warps), at most 16 splits, every split
+  at least one tile;
+- warps: 4, one a scheduler; 8 where the compiled kernel would spill with 4; 2 for up to 16 rows on
+  sm_90 and, but for one scale a row, sm_100: with 4 those take their newer matrix instructions, and
+  bringing operands to where these want them costs more than the older ones do (int3: up to 8 rows);
 - stages: 4 while a stage is small, 3 from 64 rows on, 2 on AMD, fewer if shared memory says so.
 
 None of it has been measured on a GPU yet.
@@ -140,17 +143,20 @@ def heuristic(arch: str, spec: GemmSpec, rows: int) -> KernelConfig:
     block_m = max(block_m, 16 if is_amd else 8)
     n_tiles, k_tiles = tiles(spec.shape, spec.block_k)
     blocks = n_tiles * -(-max(rows, 1) // block_m)
-    wanted = -(-2 * PROCESSORS.get(arch, 1) // blocks)
+    warps = _warps(arch, spec, block_m)
+    wanted = -(-(4 if warps == 2 else 2) * PROCESSORS.get(arch, 1) // blocks)
     split_k = max(1, min(16, k_tiles, wanted))
     stages = 2 if is_amd else 3 if block_m >= 64 else 4
     step = LAYOUTS[spec.kind].bits * 16 * spec.block_k + 2 * spec.block_k * block_m
     fitting = max(1, min(stages, SHARED_BYTES.get(arch, 99 << 10) // step))
-    warps = _warps(arch, spec, block_m)
     return KernelConfig(block_m, split_k, warps, fitting, usual_form(arch, spec, rows))
 
 
 def _warps(arch: str, spec: GemmSpec, block_m: int) -> int:
-    """4, or 8 where the accumulators of 4 would not fit into registers."""
+    """4; 8 where the accumulators of 4 would not fit into registers; 2 where that issues less."""
+    most = {"sm_90": 16, "sm_100": 0 if spec.group_size == -1 else 16}.get(arch, 0)
+    if block_m <= min(most, 8 if spec.kind == "int3" else 16):
+        return 2
     if block_m == 128 or (arch == "sm_100" and spec.kind == "int3"):
         return 8
     limit = 32 if spec.kind == "e2m1" else 64
