@@ -57,10 +57,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--work", type=Path, default=Path("build/prune-budget"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args(arguments)
-    file = options.out / "prune-budget.json"
+    file = options.out / "shape-budget.json"
     for name in options.models:
         _run_subject(subjects(options.shared)[name], options, file)
-    _write_table(json.loads(file.read_text("utf-8")), options.out / "prune-budget.md")
+    _write_table(json.loads(file.read_text("utf-8")), options.out / "shape-budget.md")
 
 
 def _run_subject(subject: Subject, options: argparse.Namespace, file: Path) -> None:
