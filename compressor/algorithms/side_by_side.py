@@ -34,12 +34,13 @@ def at_once() -> int:
 
 
 @contextmanager
-def shared_threads(among: int) -> Iterator[None]:
-    """Give each of `among` computations its share of torch's threads meanwhile."""
+def shared_threads(among: int) -> Iterator[int]:
+    """Give each of `among` computations its share of torch's threads meanwhile; yields it."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // among))
+    share = max(1, threads // among)
+    torch.set_num_threads(share)
     try:
-        yield
+        yield share
     finally:
         torch.set_num_threads(threads)
 
@@ -54,16 +55,15 @@ def side_by_side(work: Iterable[Callable[[], T]]) -> Iterator[T]:
     if count == 1:
         yield from (piece() for piece in pieces)
         return
-    share = max(1, torch.get_num_threads() // count)
 
-    def run(piece: Callable[[], T]) -> T:
+    def run(piece: Callable[[], T], share: int) -> T:
         torch.set_num_threads(share)  # of this thread
         with torch.set_grad_enabled(grad):
             return piece()
 
     while window := list(islice(pieces, count)):
-        with shared_threads(count):
-            running = [_pool(count).submit(run, piece) for piece in window]
+        with shared_threads(count) as share:
+            running = [_pool(count).submit(run, piece, share) for piece in window]
             found = [task.result() for task in running]
         yield from found
 

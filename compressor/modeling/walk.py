@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compressor.algorithms.finite import is_finite
 from compressor.algorithms.side_by_side import side_by_side
 from compressor.data import TokenRows
 from compressor.errors import NumericError, Where
@@ -164,9 +165,7 @@ class Walk:
         return None if self.mask is None else self.mask[rows].long()
 
     def _check_finite(self, out: Tensor, rows: slice, position: int) -> None:
-        if bool(torch.isfinite(out.sum())):  # one pass; a sum that overflows is looked at closely
-            return
-        if bool(torch.isfinite(out).all()):
+        if is_finite(out):
             return
         row = rows.start + int((~torch.isfinite(out)).flatten(1).any(1).nonzero()[0])
         raise NumericError(

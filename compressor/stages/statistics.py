@@ -16,7 +16,7 @@ experts, are run again from their start for each group.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -124,6 +124,13 @@ class _Watched:
     def names(self) -> tuple[str, ...]:
         return self.inputs + self.outputs
 
+    @classmethod
+    def together(cls, groups: Iterable[_Watched]) -> _Watched:
+        """What several groups need, in one pass."""
+        parts = list(groups)
+        inputs = (name for part in parts for name in part.inputs)
+        return cls(tuple(inputs), tuple(name for part in parts for name in part.outputs))
+
 
 class _GroupSums:
     """H of a group, and D or W D for its correction, batch by batch."""
@@ -208,7 +215,7 @@ class BlockStatistics:
         """One pass of each stream through the block."""
         heads = [group[0] for group in groups]
         watched = {group[0]: self._watched(pair, group) for group in groups}
-        there = self._reference(pair, list(watched.values()))
+        there = self._reference(pair, _Watched.together(watched.values()))
         forwards = [self._forward(pair, rows) for rows in self.walk.batches()]
         with PausedRuns(pair.block, heads, forwards) as runs:
             for group in groups:
@@ -228,14 +235,12 @@ class BlockStatistics:
         kwargs = self.walk.kwargs(rows, pair.position)
         return lambda: pair.block.run(self.streams.compressed.read(rows), kwargs)
 
-    def _reference(self, pair: _Pair, watched: list[_Watched]) -> dict[str, list[Tensor]]:
+    def _reference(self, pair: _Pair, watched: _Watched) -> dict[str, list[Tensor]]:
         """What corrections need of the reference, by linear, batch by batch.
 
         Batches that only hold measuring rows keep nothing. If `final`, the stream moves on.
         """
-        inputs = [name for w in watched for name in w.inputs]
-        outputs = [name for w in watched for name in w.outputs]
-        found: dict[str, list[Tensor]] = {name: [] for name in [*inputs, *outputs]}
+        found: dict[str, list[Tensor]] = {name: [] for name in watched.names}
         if not found:
             return {}
         stream, position = self.streams.reference, pair.position
@@ -250,7 +255,7 @@ class BlockStatistics:
                     found[name].append(x)
                 yield out
 
-        with Observed(pair.original, inputs, outputs) as observed:
+        with Observed(pair.original, watched.inputs, watched.outputs) as observed:
             if self.collection.final:
                 self.walk.take_outputs(stream, passed(observed), position)
             else:
@@ -300,10 +305,11 @@ class BlockStatistics:
         sums = {
             g[0]: _GroupSums(pair, g, nothing if expert else self._watched(pair, g)) for g in phase
         }
+        watched = _Watched.together(s.watched for s in sums.values())
         for rows in self.walk.batches(self.rows):
             kwargs = self.walk.kwargs(rows, position)
             here = inputs_of(block, list(sums), self.streams.compressed.read(rows), kwargs)
-            there = self._reference_batch(pair, rows, [s.watched for s in sums.values()])
+            there = self._reference_batch(pair, rows, watched)
             for name, x in here.items():
                 sums[name].add(_flat(x), there, self._mask(rows, x))
         layers = self._layers(pair, {name: s.total for name, s in sums.items()})
@@ -314,19 +320,15 @@ class BlockStatistics:
             else:
                 yield group, GroupStatistics(layer, None, of_group.total.num_tokens, LAYER)
 
-    def _reference_batch(
-        self, pair: _Pair, rows: slice, watched: list[_Watched]
-    ) -> dict[str, Tensor]:
+    def _reference_batch(self, pair: _Pair, rows: slice, watched: _Watched) -> dict[str, Tensor]:
         """What corrections need of the reference for some rows, by linear."""
-        inputs = [name for w in watched for name in w.inputs]
-        outputs = [name for w in watched for name in w.outputs]
-        if not inputs and not outputs:
+        if not watched.names:
             return {}
         hidden, kwargs = self.streams.reference.read(rows), self.walk.kwargs(rows, pair.position)
-        if not outputs:
-            seen = inputs_of(pair.original, inputs, hidden, kwargs)
+        if not watched.outputs:  # the pass may end at the last input
+            seen = inputs_of(pair.original, list(watched.inputs), hidden, kwargs)
         else:
-            with Observed(pair.original, inputs, outputs) as observed:
+            with Observed(pair.original, watched.inputs, watched.outputs) as observed:
                 _, seen = observed.run(hidden, kwargs)
         return {name: _flat(x) for name, x in seen.items()}
 
