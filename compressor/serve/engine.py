@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import ResourceError, UsageError
+from compressor.modeling.endings import end_of_text_ids
 from compressor.serve.block_pool import BlockPool
 from compressor.serve.detokenize import Detokenizer
 from compressor.serve.graphs import CudaCapture, warm_sizes
@@ -308,16 +309,6 @@ _Outcome = Exception | tuple[int | None, tuple[list[TokenLogprob], TokenLogprob 
 def _sampled(rows: Rows) -> int:
     assert rows.sampled is not None
     return rows.sampled
-
-
-def end_of_text_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Ids that end a text: the generation config's, else the model's, else the tokenizer's."""
-    generation = getattr(model, "generation_config", None)
-    for source in (generation, model.config, tokenizer):
-        ids = getattr(source, "eos_token_id", None)
-        if ids is not None:
-            return frozenset(ids if isinstance(ids, list | tuple) else [ids])
-    return frozenset()
 
 
 def position_limit(config: Any) -> int:

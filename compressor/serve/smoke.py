@@ -108,7 +108,7 @@ def check_resident(subject: Subject) -> Iterator[Check]:
 
 def check_tokenizer(subject: Subject) -> Iterator[Check]:
     """Tokenizer, chat template and end-of-text ids."""
-    from compressor.serve.engine import end_of_text_ids
+    from compressor.modeling.endings import end_of_text_ids
 
     model, tokenizer = subject.loaded.model, subject.loaded.tokenizer
     yield Check("tokenizer", tokenizer is not None, type(tokenizer).__name__)

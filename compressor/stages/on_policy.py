@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from compressor.modeling.endings import end_of_text_ids
 from compressor.modeling.whole import WholeModel
 from compressor.recipe import DistillConfig
 from compressor.recipe.data import Sampling
@@ -59,7 +60,7 @@ def _written(
     config = student.skeleton.model.config
     cache = DynamicCache(config=config)
     ends = torch.full((len(prefix),), length)
-    eos = _ends(student)
+    eos = torch.tensor(sorted(end_of_text_ids(student.skeleton.model)), dtype=torch.int64)
     tokens, given = prefix, prefix
     while tokens.shape[1] < length:
         hidden = student.hidden_states(given, cache=cache)[0][:, -1]
@@ -70,10 +71,3 @@ def _written(
         ended = torch.isin(given[:, 0], eos) & (ends == length)
         ends[ended] = place + 1
     return tokens, ends
-
-
-def _ends(student: WholeModel) -> Tensor:
-    """Ids that end a text."""
-    found = student.skeleton.model.config.get_text_config().eos_token_id
-    ids = [] if found is None else [found] if isinstance(found, int) else found
-    return torch.tensor(ids, dtype=torch.int64)

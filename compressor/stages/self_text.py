@@ -26,6 +26,7 @@ from torch import Tensor
 
 from compressor.data.sources import Tally, load_documents
 from compressor.errors import CheckpointError, DataError
+from compressor.modeling.endings import end_of_text_ids
 from compressor.modeling.load import load_model
 from compressor.recipe import DataConfig
 from compressor.recipe.data import Sampling
@@ -65,7 +66,7 @@ class _Writer:
         self.seed = seed if config.seed is None else config.seed
         tokenizer = loaded.tokenizer
         self.begin = _first_token(tokenizer)
-        self.eos: int | None = tokenizer.eos_token_id
+        self.eos = torch.tensor(sorted(end_of_text_ids(loaded.model, tokenizer)), dtype=torch.int64)
         known = min(len(tokenizer), loaded.model.config.get_text_config().vocab_size)
         self.ordinary = sorted(set(range(known)) - set(tokenizer.all_special_ids))
         self.prefixes = _prefixes(config, tokenizer, self.begin)
@@ -85,7 +86,7 @@ class _Writer:
                 u = torch.tensor([uniform(self.seed, n, place) for n in numbers])
                 drawn = torch.where(free, draw(logits, u, self.config.sampling), given)
             tokens[:, place] = drawn.masked_fill(done, 0)
-            ended = free & ~done & (drawn == (-1 if self.eos is None else self.eos))
+            ended = free & ~done & torch.isin(drawn, self.eos)
             lengths[ended] = place + 1
             done |= ended
             if bool(done.all()) or place + 1 == length:
