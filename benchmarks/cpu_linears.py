@@ -153,4 +153,5 @@ def _ours(bits: int, shape: tuple[int, int], x: Tensor, *, rounds: bool) -> Cand
     )
     nbytes = plan.resident_bytes(resident)
     copies = [{n: t.clone() for n, t in resident.items()} for _ in range(_copies(nbytes))]
-    return Candidate(nbytes, [lambda r=r: plan.apply(x, r) for r in copies])
+    products = [plan.bind(copy) for copy in copies]
+    return Candidate(nbytes, [lambda p=p: p(x) for p in products])

@@ -85,6 +85,36 @@ def test_the_largest_codes_and_activations_do_not_overflow(bits):
 
 
 @needs_library
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_one_row_and_many_rows_have_the_same_products(dtype, symmetric):
+    spec = LinearSpec(
+        4, 64, symmetric, (104, 320), rounds=True
+    )  # thirteen bands: one without a pair
+    tensors, plan = checkpoint(spec), plan_for("cpu", spec)
+    tensors["weight_scale"] = tensors["weight_scale"].to(dtype)
+    product, x = plan.bind(plan.prepare(tensors)), torch.randn(5, 320)
+    single = torch.cat([product(row[None]) for row in x])
+    torch.testing.assert_close(
+        single, product(x), rtol=0, atol=2e-6 * float(product(x).abs().max())
+    )
+
+
+@needs_library
+@pytest.mark.parametrize("rounds", [True, False])
+def test_scratch_of_c_or_of_torch_gives_the_same_products(rounds):
+    spec = LinearSpec(4, 32, True, (40, 4096), rounds=rounds)
+    weight, x = native.Weight(4, 32, spec.shape), torch.randn(20, 4096)
+    spare = native.needed().spare_bytes()
+    one, all_rows = (native.work_bytes(weight, n, rounds=rounds) for n in (1, len(x)))
+    assert one <= spare < all_rows
+    plan = plan_for("cpu", spec)
+    product = plan.bind(plan.prepare(checkpoint(spec)))
+    one_by_one = torch.cat([product(row[None]) for row in x])
+    torch.testing.assert_close(product(x), one_by_one, rtol=1e-4, atol=1e-4)
+
+
+@needs_library
 @pytest.mark.parametrize("rounds", [True, False])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_visible(rounds, value):
@@ -165,7 +195,8 @@ def test_a_library_that_computes_wrongly_is_not_used(fresh, monkeypatch):
     sources = fresh / "native"
     sources.mkdir()
     empty = "".join(f"void {name}(void) {{}}\n" for name in native._SIGNATURES)
-    more = 'const char *isa(void) { return "none"; }\nint lanes(void) { return 8; }\n'
+    more = 'const char *isa(void) { return "none"; }\n'
+    more += "int lanes(void) { return 8; }\nint spare_bytes(void) { return 0; }\n"
     (sources / "empty.c").write_text(empty + more)
     monkeypatch.setattr(native, "SOURCES", sources)
     assert native.library() is None

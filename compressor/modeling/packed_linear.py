@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from compressor.algorithms.input_rounding import round_inputs
 from compressor.artifact.packing import PackedWeight, dense_weight
 from compressor.recipe.presets import Activations
-from compressor_kernels.dispatch import LinearPlan, LinearSpec, plan_for, planar_of
+from compressor_kernels.dispatch import LinearPlan, LinearSpec, Product, plan_for, planar_of
 from compressor_kernels.layout import PlanarWeight
 from compressor_kernels.native import Weight
 from compressor_kernels.native_block import Resident
@@ -90,6 +91,7 @@ class PackedLinear(nn.Module):
         self.register_buffer(
             "input_global_scale", None if known is None else known.to(device), persistent=False
         )
+        self._bound: tuple[LinearPlan, Product] | None = None  # a product made at the first call
         self._names: list[str] = []
         for name, tensor in self.plan.prepare(packed.tensors).items():
             self.register_buffer(f"packed_{name}", tensor, persistent=False)
@@ -142,7 +144,15 @@ class PackedLinear(nn.Module):
         """[..., I] -> [..., O] in the dtype of x."""
         if not self.plan.rounds_inputs:
             x = round_inputs(x, self.activations, self.input_global_scale)
-        return self.plan.apply(x, self._resident(), self.bias)
+        if self._bound is None or self._bound[0] is not self.plan:
+            self._bound = (self.plan, self.plan.bind(self._resident(), self.bias))
+        return self._bound[1](x)
+
+    def _apply(self, *args: Any, **options: Any) -> Self:
+        """`to` and its like may replace the tensors that a product was made of."""
+        self._bound = None
+        moved: Self = super()._apply(*args, **options)  # type: ignore[no-untyped-call]
+        return moved
 
     def extra_repr(self) -> str:
         """For `print(model)`."""

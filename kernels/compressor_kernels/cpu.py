@@ -68,14 +68,28 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def native_linear(
-    x: Tensor, resident: dict[str, Tensor], weight: native.Weight, *, rounds: bool
-) -> Tensor:
-    """y = x @ w^T for x [M, I]; many exact rows are multiplied with `EXPANDED` weights at a time,
-    dequantized in C (in bf16 where x and the processor have it); [M, O].
-    """
+    resident: dict[str, Tensor], weight: native.Weight, *, rounds: bool
+) -> Callable[[Tensor], Tensor]:
+    """The product x [M, I] -> x @ w^T [M, O] of one weight."""
+    product = native.Product(weight, resident, rounds=rounds)
+
+    def apply(x: Tensor) -> Tensor:
+        count = x.shape[0]
+        if rounds or count < SMALL_ROWS or count < _many_rows(x):
+            return product(x)
+        return _expanded_linear(x, resident, weight)
+
+    return apply
+
+
+def _many_rows(x: Tensor) -> int:
+    return MANY_ROWS if _compute_dtype(x) == torch.float32 else SMALL_ROWS
+
+
+def _expanded_linear(x: Tensor, resident: dict[str, Tensor], weight: native.Weight) -> Tensor:
+    """Many rows by torch's product with `EXPANDED` weights at a time, dequantized in C, in bf16
+    where x and the processor have it."""
     compute = _compute_dtype(x)
-    if rounds or x.shape[0] < (MANY_ROWS if compute == torch.float32 else SMALL_ROWS):
-        return native.linear(weight, x, resident, rounds=rounds)
     out_features, columns = weight.shape
     x_wide = x.to(compute)
     y = torch.empty((x.shape[0], out_features), dtype=compute)

@@ -3,7 +3,8 @@
     plan = plan_linear("cpu", bits=4, group_size=128, symmetric=True, shape=(4096, 4096))
     plan.name, plan.reason            # "native", "AVX2, 0a1b...so: exact float32"
     resident = plan.prepare(tensors)  # checkpoint tensors -> the tensors to keep
-    y = plan.apply(x, resident)       # x [..., I] -> y [..., O] in x.dtype
+    product = plan.bind(resident)     # x [..., I] -> y [..., O] in x.dtype
+    y = plan.apply(x, resident)       # the same for a single x
 
 `tensors` holds the compressed-tensors names `weight_packed`, `weight_scale`, `weight_shape` and,
 for asymmetric weights, `weight_zero_point`. `resident` is a flat dict of tensors, fit for buffers
@@ -32,6 +33,7 @@ from compressor_kernels.reference import (
 )
 
 Tensors = dict[str, Tensor]
+Product = Callable[[Tensor], Tensor]
 _INTEGERS = ("pack-quantized", "int-quantized")
 _EXACT = {"native-int8": "native", "w8a8": "w8a8-exact"}
 # How inputs are rounded and weights stored where both have eight bits and a scale a row.
@@ -70,10 +72,10 @@ class LinearSpec:
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One implementation: checkpoint tensors -> resident tensors, and x [M, I] -> y [M, O]."""
+    """One implementation: tensors of the checkpoint -> those to keep -> the product of x [M, I]."""
 
     prepare: Callable[[LinearSpec, Tensors], Tensors]
-    apply: Callable[[LinearSpec, Tensor, Tensors], Tensor]
+    bind: Callable[[LinearSpec, Tensors], Product]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,14 +99,28 @@ class LinearPlan:
         made = WAYS[self.name].prepare(self.spec, tensors)
         return {name: tensor.to(self.device) for name, tensor in made.items()}
 
-    def apply(self, x: Tensor, resident: Tensors, bias: Tensor | None = None) -> Tensor:
-        """y = x @ w^T (+ bias): x [..., I] floating -> [..., O] in x.dtype."""
+    def bind(self, resident: Tensors, bias: Tensor | None = None) -> Product:
+        """The product y = x @ w^T (+ bias): x [..., I] floating -> [..., O] in x.dtype.
+
+        What does not depend on x is prepared here. The tensors stay alive with the product.
+        """
         out_features, in_features = self.spec.shape
-        if x.shape[-1] != in_features:
-            raise ValueError(f"x has {x.shape[-1]} features, the weight {in_features}")
-        y = WAYS[self.name].apply(self.spec, x.reshape(-1, in_features), resident)
-        y = y.view(*x.shape[:-1], out_features)
-        return y if bias is None else y + bias.to(y.dtype)
+        product = WAYS[self.name].bind(self.spec, resident)
+
+        def apply(x: Tensor) -> Tensor:
+            if x.shape[-1] != in_features:
+                raise ValueError(f"x has {x.shape[-1]} features, the weight {in_features}")
+            if x.dim() == 2:
+                y = product(x)
+            else:
+                y = product(x.reshape(-1, in_features)).view(*x.shape[:-1], out_features)
+            return y if bias is None else y + bias.to(y.dtype)
+
+        return apply
+
+    def apply(self, x: Tensor, resident: Tensors, bias: Tensor | None = None) -> Tensor:
+        """`bind` for a single x."""
+        return self.bind(resident, bias)(x)
 
     @property
     def rounds_inputs(self) -> bool:
@@ -202,6 +218,11 @@ def _multiplies_bytes(device: torch.device, spec: LinearSpec) -> bool:
 # ------------------------------------------------------------------ the ways
 
 
+def _unbound(apply: Callable[[LinearSpec, Tensor, Tensors], Tensor]) -> Callable[..., Product]:
+    """A way that prepares nothing for its products."""
+    return lambda spec, resident: lambda x: apply(spec, x, resident)
+
+
 def _prepare_planes(spec: LinearSpec, tensors: Tensors) -> Tensors:
     codes, scale, zeros = read_checkpoint(tensors, spec.bits, spec.group_size)
     resident = to_planes(codes, spec.bits) | {"scale": scale.contiguous()}
@@ -234,8 +255,9 @@ def planar_of(spec: LinearSpec, resident: Tensors) -> PlanarWeight:
     return gpu.planar(resident, kind, shape=spec.shape, group_size=group_size)
 
 
-def _apply_triton(spec: LinearSpec, x: Tensor, resident: Tensors) -> Tensor:
-    return gpu.apply(x, planar_of(spec, resident))
+def _bind_triton(spec: LinearSpec, resident: Tensors) -> Product:
+    weight = planar_of(spec, resident)
+    return lambda x: gpu.apply(x, weight)
 
 
 def _prepare_w8a8(spec: LinearSpec, tensors: Tensors) -> Tensors:
@@ -285,12 +307,12 @@ def _prepare_native(spec: LinearSpec, tensors: Tensors) -> Tensors:
     )
 
 
-def _apply_native(spec: LinearSpec, x: Tensor, resident: Tensors) -> Tensor:
-    return cpu.native_linear(x, resident, _native_weight(spec), rounds=False)
+def _bind_native(spec: LinearSpec, resident: Tensors) -> Product:
+    return cpu.native_linear(resident, _native_weight(spec), rounds=False)
 
 
-def _apply_native_int8(spec: LinearSpec, x: Tensor, resident: Tensors) -> Tensor:
-    return cpu.native_linear(x, resident, _native_weight(spec), rounds=True)
+def _bind_native_int8(spec: LinearSpec, resident: Tensors) -> Product:
+    return cpu.native_linear(resident, _native_weight(spec), rounds=True)
 
 
 def _prepare_reference(spec: LinearSpec, tensors: Tensors) -> Tensors:
@@ -321,15 +343,15 @@ def _apply_dense(spec: LinearSpec, x: Tensor, resident: Tensors) -> Tensor:
 
 
 WAYS: dict[str, Way] = {
-    "triton": Way(_prepare_triton, _apply_triton),
-    "w8a8": Way(_prepare_w8a8, _apply_w8a8),
-    "w8a8-exact": Way(_prepare_w8a8, _apply_w8a8_exact),
-    "native": Way(_prepare_native, _apply_native),
-    "native-int8": Way(_prepare_native, _apply_native_int8),
-    "planes": Way(_prepare_planes, _apply_planes),
-    "cpu-bytes": Way(_prepare_bytes, _apply_planes),
-    "cpu-int4": Way(_prepare_int4, _apply_int4),
-    "cpu-int8": Way(_prepare_int8, _apply_int8),
-    "dense": Way(_prepare_dense, _apply_dense),
-    "reference": Way(_prepare_reference, _apply_reference),
+    "triton": Way(_prepare_triton, _bind_triton),
+    "w8a8": Way(_prepare_w8a8, _unbound(_apply_w8a8)),
+    "w8a8-exact": Way(_prepare_w8a8, _unbound(_apply_w8a8_exact)),
+    "native": Way(_prepare_native, _bind_native),
+    "native-int8": Way(_prepare_native, _bind_native_int8),
+    "planes": Way(_prepare_planes, _unbound(_apply_planes)),
+    "cpu-bytes": Way(_prepare_bytes, _unbound(_apply_planes)),
+    "cpu-int4": Way(_prepare_int4, _unbound(_apply_int4)),
+    "cpu-int8": Way(_prepare_int8, _unbound(_apply_int8)),
+    "dense": Way(_prepare_dense, _unbound(_apply_dense)),
+    "reference": Way(_prepare_reference, _unbound(_apply_reference)),
 }

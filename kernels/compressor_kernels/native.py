@@ -187,7 +187,7 @@ def _is_right(found: ctypes.CDLL) -> bool:
     weight = Weight(4, 32, (40, 96))
     resident = _lay_out(found, weight, pack_codes(codes, 4), scale)
     exact = x @ dequantize(codes, scale, 8.0, 32).t()
-    near = [_product(found, weight, x, resident, rounds=rounds) for rounds in (False, True)]
+    near = [Product(weight, resident, rounds=r, found=found)(x) for r in (False, True)]
     return all((y - exact).norm() < 0.01 * exact.norm() for y in near)
 
 
@@ -223,14 +223,41 @@ def lay_out(weight: Weight, packed: Tensor, scale: Tensor, zeros: Tensor | None)
     return _lay_out(needed(), weight, packed, scale, zeros)
 
 
-def linear(
-    weight: Weight, x: Tensor, resident: Tensors, *, rounds: bool, bias: Tensor | None = None
-) -> Tensor:
-    """y = x @ w^T + bias: x [M, I] -> [M, O], in float32 inside; the dtype of x comes back.
+class Product:
+    """y = x @ w^T: x [M, I] -> [M, O], in float32 inside; the dtype of x comes back.
 
-    rounds: x is rounded to eight bits in blocks of 32 columns (a scale each), else it is exact.
+    Made once for a weight: naming its tensors to C takes longer than reading a small one.
     """
-    return _product(needed(), weight, x, resident, rounds=rounds, bias=bias)
+
+    def __init__(
+        self, weight: Weight, resident: Tensors, *, rounds: bool, found: ctypes.CDLL | None = None
+    ) -> None:
+        """Point C at the weight.
+
+        Args:
+            weight: bits, groups, shape.
+            resident: from `lay_out`; kept alive.
+            rounds: x is rounded to eight bits in blocks of 32 columns (a scale each), else exact.
+            found: the library, if it is not this machine's.
+        """
+        self._resident, self._rows, self._rounds = resident, weight.shape[0], rounds
+        self._weight = ctypes.byref(weight_struct(weight, resident))
+        self._work_bytes = work_bytes(weight, 1, rounds=rounds)
+        library = found or needed()
+        self._linear, self._spare = library.linear, library.spare_bytes()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """One product; callers may be in several threads."""
+        is_ready = x.dtype is torch.float32 and x.is_contiguous()
+        wide = x if is_ready else x.float().contiguous()
+        count = wide.shape[0]
+        y = torch.empty((count, self._rows))
+        nbytes, place = count * self._work_bytes, None
+        if nbytes > self._spare:  # few rows take scratch of C's own
+            work = torch.empty(nbytes, dtype=torch.uint8)
+            place = work.data_ptr()
+        self._linear(self._weight, wide.data_ptr(), count, y.data_ptr(), place, self._rounds)
+        return y if is_ready else y.to(x.dtype)
 
 
 def expanded(weight: Weight, resident: Tensors, first: int, out: Tensor) -> Tensor:
@@ -291,24 +318,3 @@ def _by_band(values: Tensor, lanes: int) -> Tensor:
     """[O, G] -> [bands, G, lanes]; rows of padding get 0."""
     padded = F.pad(values, (0, 0, 0, -values.shape[0] % lanes))
     return padded.view(-1, lanes, values.shape[1]).transpose(1, 2).contiguous()
-
-
-def _product(
-    found: ctypes.CDLL,
-    weight: Weight,
-    x: Tensor,
-    resident: Tensors,
-    *,
-    rounds: bool,
-    bias: Tensor | None = None,
-) -> Tensor:
-    wide = x.float().contiguous()
-    count = wide.shape[0]
-    bias = None if bias is None else bias.float().contiguous()
-    y = torch.empty((count, weight.shape[0]))
-    work = torch.empty(work_bytes(weight, count, rounds=rounds), dtype=torch.uint8)
-    struct = weight_struct(weight, resident, bias)
-    found.linear(
-        ctypes.byref(struct), wide.data_ptr(), count, y.data_ptr(), work.data_ptr(), rounds
-    )
-    return y.to(x.dtype)

@@ -16,17 +16,19 @@
 
 #define TILE 64      /* rows of x that share one unpacked block in the int8 way */
 #define TILE_BYTES (160 << 10) /* and how much of the second level cache their blocks may take */
-#define PREFETCH 2048          /* bytes ahead */
+#define PREFETCH 1024          /* bytes ahead */
+#define SPARE (64 << 10)
+enum { ANY = -1, FLOAT32, BFLOAT16, FLOAT16 }; /* how scales are stored */
 
 typedef struct {
     float scale, sum; /* sum = scale * sum of codes */
     int8_t codes[BLOCK];
 } Rounded;
 
-INLINE vf load_scale(const Weight *w, int64_t index) {
+INLINE vf load_scale(const Weight *w, int64_t index, int kind) {
     const uint16_t *half = (const uint16_t *)w->scale + index * LANES;
-    if (w->scale_kind == 2) return from_half(half);
-    if (w->scale_kind == 1) return (vf)(CONVERT(load_h(half), vu) << 16);
+    if (kind == FLOAT16) return from_half(half);
+    if (kind == BFLOAT16) return (vf)(CONVERT(load_h(half), vu) << 16);
     return load_f((const float *)w->scale + index * LANES);
 }
 
@@ -74,52 +76,67 @@ INLINE void store_band(const Weight *w, int64_t band, float *y, vf value) {
 
 static void round_block(const float *x, int64_t count, Rounded *out) {
     float padded[BLOCK] = {0};
-    memcpy(padded, x, (size_t)count * sizeof *x);
-    vf most = {0}, bad = {0};
-    for (int i = 0; i < BLOCK; i += LANES) {
-        vf v = load_f(padded + i), size = (vf)((vu)v & 0x7fffffffu);
+    int32_t codes[BLOCK];
+    vf v[BLOCK / LANES], most = {0}, bad = {0};
+    if (count < BLOCK) x = memcpy(padded, x, (size_t)count * sizeof *x);
+    UNROLL for (int i = 0; i < BLOCK / LANES; i++) {
+        v[i] = load_f(x + i * LANES);
+        vf size = (vf)((vu)v[i] & 0x7fffffffu);
         vu above = (vu)(size > most);
         most = (vf)(((vu)size & above) | ((vu)most & ~above));
-        bad += v * 0.0f; /* NaN where x is NaN or infinite: the scale carries it on */
+        bad += v[i] * 0.0f; /* NaN where x is NaN or infinite: the scale carries it on */
     }
     float largest = max_f(most), inverse = largest > 0 ? 127.0f / largest : 0.0f;
     vi total = {0};
-    for (int i = 0; i < BLOCK; i += LANES) {
-        vf shifted = load_f(padded + i) * inverse + 0x1.8p23f; /* rounds to nearest */
-        vi code = (vi)shifted - 0x4b400000;
-        vc narrow = CONVERT(code, vc);
-        memcpy(out->codes + i, &narrow, LANES);
+    UNROLL for (int i = 0; i < BLOCK / LANES; i++) {
+        vi code = (vi)(v[i] * inverse + 0x1.8p23f) - 0x4b400000; /* rounds to nearest */
+        memcpy(codes + i * LANES, &code, sizeof code);
         total += code;
     }
+    for (int i = 0; i < BLOCK; i++) out->codes[i] = (int8_t)codes[i];
     out->scale = largest / 127.0f + sum_f(bad);
     out->sum = out->scale * sum_f(CONVERT(total, vf));
 }
 
-/* x: the blocks of `count` rows, [blocks][count]. */
-INLINE void int8_tile(const Weight *w, const Rounded *x, float *y, int64_t band, int count,
-                      int bits) {
+/* Bands `band` and, of two streams, `band + apart`: one stream alone leaves the memory waiting.
+ * x: the blocks of `count` rows, [blocks][count]. `kind`: that of all scales of a symmetric weight, a
+ * constant that keeps questions out of the loop, or ANY. */
+INLINE void int8_tile(const Weight *w, const Rounded *x, float *y, int64_t band, int64_t apart,
+                      int count, int bits, int kind) {
+    const int streams = apart ? 2 : 1;
     const int bias = BIAS(bits);
-    const uint8_t *stream = w->stream + band * w->blocks * bits * VECTOR_BYTES;
     const int64_t groups = (w->blocks + w->group_blocks - 1) / w->group_blocks;
+    const uint8_t *stream[2];
     int64_t group = band * groups, left = 0;
-    vf sum[TILE], scale = {0}, zero = {0};
-    for (int m = 0; m < count; m++) sum[m] = (vf){0};
+    vf sum[TILE], scale[2], zero[2];
+    for (int m = 0; m < streams * count; m++) sum[m] = (vf){0};
+    for (int s = 0; s < streams; s++)
+        zero[s] = (vf){0} + (float)((1 << (bits - 1)) - bias),
+        stream[s] = w->stream + (band + s * apart) * w->blocks * bits * VECTOR_BYTES;
     for (int64_t k = 0; k < w->blocks; k++, x += count, left--) {
-        vu q[STEPS];
-        unpack(stream, q, bits, bias);
-        stream += bits * VECTOR_BYTES;
-        prefetch(stream, bits);
         if (left == 0) {
-            scale = load_scale(w, group);
-            zero = load_zeros(w, group++, bias);
+            UNROLL for (int s = 0; s < streams; s++) {
+                int64_t at = group + s * apart * groups;
+                scale[s] = load_scale(w, at, kind == ANY ? w->scale_kind : kind);
+                if (kind == ANY) zero[s] = load_zeros(w, at, bias);
+            }
+            group++;
             left = w->group_blocks;
         }
-        for (int m = 0; m < count; m++) {
-            vf dot = CONVERT(dot_block(q, x[m].codes, bits), vf);
-            sum[m] += scale * (dot * x[m].scale - zero * x[m].sum);
+        UNROLL for (int s = 0; s < streams; s++) {
+            vu q[STEPS];
+            unpack(stream[s], q, bits, bias);
+            stream[s] += bits * VECTOR_BYTES;
+            prefetch(stream[s], bits);
+            for (int m = 0; m < count; m++) {
+                vf dot = CONVERT(dot_block(q, x[m].codes, bits), vf);
+                sum[s * count + m] += scale[s] * (dot * x[m].scale - zero[s] * x[m].sum);
+            }
         }
     }
-    for (int m = 0; m < count; m++) store_band(w, band, y + m * w->rows, sum[m]);
+    for (int s = 0; s < streams; s++)
+        for (int m = 0; m < count; m++)
+            store_band(w, band + s * apart, y + m * w->rows, sum[s * count + m]);
 }
 
 /* ---------------------------------------------------------------- activations in float32 */
@@ -165,7 +182,7 @@ INLINE void exact_tile(const Weight *w, const float *x, float *y, int64_t band, 
                     part[(m + (4 * i + j) * count) % 8] += value * x[m];
             }
         if (left == 0) {
-            scale = load_scale(w, group);
+            scale = load_scale(w, group, w->scale_kind);
             zero = load_zeros(w, group++, 0);
             left = w->group_blocks;
         }
@@ -184,7 +201,7 @@ INLINE void expand_band(const Weight *w, int64_t first, int64_t band, int64_t ba
         vu q[STEPS];
         unpack(stream, q, bits, 0);
         int64_t group = (first + band) * groups + k / w->group_blocks;
-        vf scale = load_scale(w, group), zero = load_zeros(w, group, 0);
+        vf scale = load_scale(w, group, w->scale_kind), zero = load_zeros(w, group, 0);
         for (int64_t at = k * BLOCK; at < (k + 1) * BLOCK && at < w->columns; at++) {
             vf code = CONVERT((vi)((q[at % BLOCK / 4] >> (8 * (at % 4))) & 255), vf);
             store_f(out + (at * bands + band) * LANES, scale * (code - zero));
@@ -195,9 +212,13 @@ INLINE void expand_band(const Weight *w, int64_t first, int64_t band, int64_t ba
 /* ---------------------------------------------------------------- one function for each width */
 
 #define WIDTH(b)                                                                               \
-    static void int8_##b(const Weight *w, const Rounded *x, float *y, int64_t band, int count) { \
-        if (count == 1) int8_tile(w, x, y, band, 1, b);                                        \
-        else int8_tile(w, x, y, band, count, b);                                               \
+    static void int8_##b(const Weight *w, const Rounded *x, float *y, int64_t band,            \
+                         int64_t apart, int count) {                                           \
+        int kind = w->zeros ? ANY : w->scale_kind;                                             \
+        if (!apart) int8_tile(w, x, y, band, 0, count, b, ANY);                                \
+        else if (kind == FLOAT16) int8_tile(w, x, y, band, apart, 1, b, FLOAT16);              \
+        else if (kind == BFLOAT16) int8_tile(w, x, y, band, apart, 1, b, BFLOAT16);            \
+        else int8_tile(w, x, y, band, apart, 1, b, ANY);                                       \
     }                                                                                          \
     static void exact_##b(const Weight *w, const float *x, float *y, int64_t band, int count) { \
         if (count == 1) exact_tile(w, x, y, band, 1, b);                                       \
@@ -211,7 +232,7 @@ INLINE void expand_band(const Weight *w, int64_t first, int64_t band, int64_t ba
     }
 WIDTH(2) WIDTH(3) WIDTH(4) WIDTH(5) WIDTH(6) WIDTH(7) WIDTH(8)
 
-typedef void Int8(const Weight *, const Rounded *, float *, int64_t, int);
+typedef void Int8(const Weight *, const Rounded *, float *, int64_t, int64_t, int);
 typedef void Expand(const Weight *, int64_t, int64_t, int64_t, float *);
 typedef void Exact(const Weight *, const float *, float *, int64_t, int);
 static Int8 *const INT8[] = {int8_2, int8_3, int8_4, int8_5, int8_6, int8_7, int8_8};
@@ -237,10 +258,11 @@ static void int8_linears(const Weight *w, int many, const float *x, int64_t m, f
             for (int i = 0; i < many; i++) {
                 int64_t bands = (w[i].rows + LANES - 1) / LANES;
                 int count = (int)(m - row < tile ? m - row : tile);
+                int64_t tasks = count == 1 ? (bands + 1) / 2 : bands;
 #pragma omp for schedule(static) nowait
-                for (int64_t band = 0; band < bands; band++)
+                for (int64_t band = 0; band < tasks; band++)
                     INT8[w[i].bits - 2](w + i, rounded + row * blocks, y[i] + row * w[i].rows,
-                                        band, count);
+                                        band, band + tasks < bands ? tasks : 0, count);
             }
     }
 }
@@ -287,10 +309,13 @@ void linears(const Weight *w, int many, const float *x, int64_t m, float *const 
 
 const char *isa(void) { return ISA; }
 int lanes(void) { return LANES; }
+int spare_bytes(void) { return SPARE; }
 
-/* y [M, N] = x [M, K] W^T + bias. `work` holds M * blocks * 40 bytes (int8) or 132 (exact). */
+/* y [M, N] = x [M, K] W^T + bias. `work` holds M * blocks * 40 bytes (int8) or 132 (exact); it may be
+ * NULL for `SPARE` bytes: few rows need no allocation, which would take a tenth of their time. */
 void linear(const Weight *w, const float *x, int64_t m, float *y, void *work, int32_t rounds) {
-    linears(w, 1, x, m, &y, work, rounds);
+    _Alignas(64) uint8_t spare[SPARE];
+    linears(w, 1, x, m, &y, work ? work : spare, rounds);
 }
 
 /* W of `bands` bands from `first` on, dense and transposed: out [K][bands * LANES]. */
