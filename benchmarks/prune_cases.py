@@ -29,7 +29,8 @@ MASK_METHODS: dict[str, Stage] = {
     "SparseGPT": {"method": "sparsegpt", **PUBLISHED},
     "Wanda, repaired": {"method": "wanda"},
     "RIA, repaired": {"method": "ria"},
-    "repaired": {"method": "sparsegpt"},
+    "SparseGPT, repaired": {"method": "sparsegpt"},
+    "repaired": {"method": "alps"},
 }
 PEERS = {"llm-compressor Wanda": "llmc-wanda", "llm-compressor SparseGPT": "llmc-sparsegpt"}
 COMPARED = ("repaired", "llm-compressor SparseGPT")

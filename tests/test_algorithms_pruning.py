@@ -8,6 +8,7 @@ from torch import Tensor
 
 from compressor.algorithms.gptq import hessian_error
 from compressor.algorithms.masks import (
+    alps_mask,
     magnitude,
     n_of_m_mask,
     parse_pattern,
@@ -140,6 +141,50 @@ def test_sparsegpt_removes_dead_columns_first() -> None:
     assert not mask[:, 5].any()
     assert torch.isfinite(swept).all()
     assert torch.equal(sparsegpt_mask(w, hessian, sparsity=0.0)[1], w)
+
+
+def half(scores: Tensor) -> Tensor:
+    return unstructured_mask(scores, sparsity=0.5)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_an_alps_mask_is_better_than_one_of_sparsegpt_once_both_are_repaired(seed: int) -> None:
+    w, hessian = layer(seed, columns=192)
+    masks = (alps_mask(w, hessian, choose=half), sparsegpt_mask(w, hessian, sparsity=0.5))
+    solved = [reconstruct(w, hessian, mask, start=start) for mask, start in masks]
+    alps, swept = (hessian_error(weights - w, hessian) for weights in solved)
+    assert alps < 0.95 * swept
+
+
+def test_alps_weights_are_zero_off_the_mask_and_nearly_solved_on_it() -> None:
+    w, hessian = layer(columns=192)
+    mask, weights = alps_mask(w, hessian, choose=half)
+    assert ((~mask).sum(1) == 96).all()
+    assert (weights[~mask] == 0).all()
+    errors = [
+        hessian_error(x - w, hessian) for x in (weights, w * mask, reconstruct(w, hessian, mask))
+    ]
+    assert errors[2] < errors[0] < errors[2] + 0.2 * (errors[1] - errors[2])
+
+
+def test_alps_does_not_depend_on_the_units_of_the_inputs() -> None:
+    w, hessian = layer()
+    units = torch.logspace(-2, 2, 32)
+    mask, weights = alps_mask(w, hessian, choose=half)
+    other, rescaled = alps_mask(w / units, hessian * units[:, None] * units, choose=half)
+    assert torch.equal(mask, other)
+    torch.testing.assert_close(rescaled * units, weights, rtol=1e-3, atol=1e-4)
+
+
+def test_alps_removes_dead_columns_first_and_changes_nothing_where_all_is_kept() -> None:
+    w, hessian = layer()
+    hessian[5], hessian[:, 5] = 0, 0
+    mask, weights = alps_mask(w, hessian, choose=half)
+    assert not mask[:, 5].any()
+    assert torch.isfinite(weights).all()
+    whole, same = alps_mask(w, hessian, choose=lambda scores: torch.ones_like(scores).bool())
+    assert whole.all()
+    torch.testing.assert_close(same, w)
 
 
 def test_reconstruction_equals_dense_least_squares() -> None:

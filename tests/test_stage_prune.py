@@ -22,7 +22,7 @@ Models = Callable[[str], Path]
 TOKENS = token_rows(2, 24).tokens
 
 
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "ria", "sparsegpt"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "ria", "sparsegpt", "alps"])
 def test_every_method_removes_exactly_the_fraction_asked(
     tiny_models: Models, tmp_path: Path, method: str
 ) -> None:
@@ -46,7 +46,7 @@ def test_patterns_hold_in_every_group_of_a_bf16_model_after_storage(
         assert int((weight == 0).sum()) == weight.numel() // 2
 
 
-@pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
+@pytest.mark.parametrize("method", ["magnitude", "sparsegpt", "alps"])
 def test_counts_are_exact_in_the_stored_bf16_weights(tmp_path: Path, method: str) -> None:
     bench = Bench(build("llama", tmp_path / "model", dtype="bfloat16"), tmp_path / "run")
     report = bench.apply(bench.original, "prune", method=method, sparsity=0.25)

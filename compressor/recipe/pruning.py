@@ -79,7 +79,7 @@ class PruneConfig(Part):
     """Take weights (sparsity, n:m pattern), channels (width) or blocks (depth) away."""
 
     kind: Literal["prune"]
-    method: Literal["magnitude", "wanda", "ria", "sparsegpt"] = "sparsegpt"
+    method: Literal["magnitude", "wanda", "ria", "sparsegpt", "alps"] = "alps"
     sparsity: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     allocation: Literal["uniform", "measured"] = Field(
         default="uniform", description="measured: more zeros where they harm less"

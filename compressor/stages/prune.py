@@ -188,7 +188,13 @@ def _with_data(
         for group, found in statistics.groups(position, original, block, asked):
             for name in group:
                 weight = original.linears[name].dense()
-                facts[name] = prune_linear(asked[name], block.linears[name], weight, (name, found))
+                facts[name] = prune_linear(
+                    asked[name],
+                    block.linears[name],
+                    name=name,
+                    weight=weight,
+                    statistics=found,
+                )
         block.masked |= facts.keys()
         return _finished(block, source, facts)
 

@@ -70,7 +70,9 @@ def _prune_option(
     for name in members[option.unit]:
         weight, hessian = block.linears[name].dense(), hessians[name]
         mask, first = proposed(level, weight, hessian)
-        block.linears[name].set_dense_exact(solved(level, weight, hessian, (mask, first)))
+        block.linears[name].set_dense_exact(
+            solved(level, weight, hessian=hessian, mask=mask, first=first)
+        )
 
 
 def _allocate(sparsity: float, units: dict[str, list[Target]], scores: Scores) -> dict[str, float]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 from torch import Tensor
 
 from compressor.algorithms.gptq import hessian_error
 from compressor.algorithms.masks import (
+    alps_mask,
     magnitude,
     n_of_m_mask,
     parse_pattern,
@@ -24,16 +26,20 @@ from compressor.stages.statistics import GroupStatistics
 
 
 def prune_linear(
-    config: PruneConfig, linear: StoredLinear, weight: Tensor, found: tuple[str, GroupStatistics]
+    config: PruneConfig,
+    linear: StoredLinear,
+    *,
+    name: str,
+    weight: Tensor,
+    statistics: GroupStatistics,
 ) -> dict[str, Any]:
     """Prune a linear towards W* of the dense `weight` [O, I]; the facts of the report.
 
-    found: the linear's name and the statistics of its group.
+    statistics: those of the linear's group.
     """
-    name, statistics = found
     target, strength = statistics.target(weight, [name])
     mask, first = proposed(config, target, statistics.hessian)
-    kept = solved(config, target, statistics.hessian, (mask, first))
+    kept = solved(config, target, hessian=statistics.hessian, mask=mask, first=first)
     rounding: dict[str, Any] = {}
     if linear.format is None:
         linear.set_dense(kept)
@@ -58,6 +64,8 @@ def proposed(config: PruneConfig, target: Tensor, hessian: Tensor) -> tuple[Tens
     """The method's mask [O, I] and its weights [O, I], zero where the mask is False."""
     if config.method == "sparsegpt":
         return sparsegpt_mask(target, hessian, sparsity=config.sparsity, pattern=config.pattern)
+    if config.method == "alps":
+        return alps_mask(target, hessian, choose=partial(mask_of, config, per="layer"))
     if config.method == "magnitude":
         scores = magnitude(target)
     else:
@@ -67,20 +75,19 @@ def proposed(config: PruneConfig, target: Tensor, hessian: Tensor) -> tuple[Tens
 
 
 def solved(
-    config: PruneConfig, target: Tensor, hessian: Tensor, of: tuple[Tensor, Tensor]
+    config: PruneConfig, target: Tensor, *, hessian: Tensor, mask: Tensor, first: Tensor
 ) -> Tensor:
-    """The weights [O, I] to store; of: the method's mask and weights."""
-    mask, first = of
+    """The weights [O, I] to store, from the method's mask and weights."""
     return reconstruct(target, hessian, mask, start=first) if config.reconstruct else first
 
 
-def mask_of(config: PruneConfig, scores: Tensor) -> Tensor:
+def mask_of(config: PruneConfig, scores: Tensor, *, per: Literal["row", "layer"] = "row") -> Tensor:
     """True where a weight is kept [O, I]."""
     if config.pattern is not None:
         n, m = parse_pattern(config.pattern)
         return n_of_m_mask(scores, n=n, m=m)
     assert config.sparsity is not None, "the recipe has exactly one of the two"
-    return unstructured_mask(scores, sparsity=config.sparsity)
+    return unstructured_mask(scores, sparsity=config.sparsity, per=per)
 
 
 def counts(config: PruneConfig, linear: StoredLinear) -> dict[str, Any]:
