@@ -56,7 +56,13 @@ def facts(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "more", [{}, {"on_policy": {"fraction": 0.5, "prefix_tokens": 4}}], ids=str
+    "more",
+    [
+        {},
+        {"on_policy": {"fraction": 0.5, "prefix_tokens": 4}},
+        {"train": "lora", "lora": {"rank": 4, "alpha": 4.0}},
+    ],
+    ids=str,
 )
 def test_two_processes_take_the_same_steps_as_one(
     tiny_models: Models, tmp_path: Path, more: dict[str, Any]

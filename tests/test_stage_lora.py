@@ -14,8 +14,10 @@ from pydantic import ValidationError
 from compressor.errors import Interrupted, RecipeError
 from compressor.modeling.adapters import AdaptedLinear, Adapter
 from compressor.modeling.linears import StoredLinear
+from compressor.modeling.whole import Slot
 from compressor.recipe import DistillConfig, parse_recipe
 from compressor.stages.distill_costs import adapter_numbers, training_bytes
+from compressor.stages.sharding import check_sharding
 from tests.fixtures_models import build
 from tests.fixtures_stages import (
     Bench,
@@ -155,3 +157,10 @@ def test_a_plan_knows_numbers_and_memory(tiny_models: Models, tmp_path: Path) ->
     full = parse_recipe(json.dumps(body | {"stages": [{"kind": "distill"}, pack]}))
     bytes_of = [training_bytes(r, bench.original, 1000) for r in (recipe, full)]
     assert bytes_of == [16_000, 24_000]
+
+
+def test_adapters_are_not_sharded_and_the_refusal_names_them(short: dict[str, Any]) -> None:
+    config = DistillConfig(kind="distill", sharding="fsdp", **short)
+    slot = Slot(0, "mlp.weight", "adapter", torch.nn.Parameter(torch.ones(2)), torch.float32)
+    with pytest.raises(RecipeError, match="train: lora"):
+        check_sharding(config, [slot], 2)

@@ -31,9 +31,10 @@ def check_sharding(config: DistillConfig, slots: list[Slot], processes: int) -> 
     """Refuse what cannot be sharded.
 
     Raises:
-        RecipeError: codes or masks, own rows, timed checkpoints, or an uneven batch (RC17).
+        RecipeError: adapters, codes or masks, own rows, timed checkpoints, or an uneven batch (RC17).
     """
     problems = {
+        "train: lora": any(s.kind == "adapter" for s in slots),
         "a quantized or masked student": any(s.export or s.keep is not None for s in slots),
         "on_policy": config.on_policy is not None,
         "checkpoint_minutes": config.checkpoint_minutes is not None,
