@@ -31,7 +31,7 @@ def check_sharding(config: DistillConfig, slots: list[Slot], processes: int) -> 
     """Refuse what cannot be sharded.
 
     Raises:
-        RecipeError: adapters, codes or masks, own rows, timed checkpoints, or an uneven batch (RC17).
+        RecipeError: adapters, codes, masks, own rows, timed checkpoints or an uneven batch (RC17).
     """
     problems = {
         "train: lora": any(s.kind == "adapter" for s in slots),
