@@ -9,6 +9,11 @@
 
 #include <math.h>
 
+/* Positions whose values are used together, and how many are fetched ahead. Their rows lie a power of
+ * two apart, so that few of them fit into the first cache. */
+#define CHUNK 8
+#define AHEAD 8
+
 typedef struct {
     Weight qkv[3], out, gate_up[2], down;
     const float *norm_in, *norm_out, *norm_q, *norm_k; /* the last two may be NULL */
@@ -121,16 +126,90 @@ void block_out(const Block *b, const float *x, const float *a, int64_t m, float 
 /* The softmax over positions first .. length - 1 of one head's scores, in place. */
 INLINE void softmax(float *row, int64_t first, int64_t length) {
     float most = row[first], total = 0;
-    for (int64_t l = first; l < length; l++) most = row[l] > most ? row[l] : most;
-    for (int64_t l = first; l < length; l += LANES) {
-        float part[LANES] = {0};
-        int64_t left = length - l < LANES ? length - l : LANES;
-        memcpy(part, row + l, (size_t)left * sizeof *part);
-        store_f(part, exp_f(load_f(part) - most));
-        memcpy(row + l, part, (size_t)left * sizeof *part);
-        for (int64_t i = 0; i < left; i++) total += part[i];
+    int64_t l = first;
+    vf above = {0}, sums = {0};
+    above += most;
+    for (; l + LANES <= length; l += LANES) above = larger_f(above, load_f(row + l));
+    most = max_f(above);
+    for (; l < length; l++) most = row[l] > most ? row[l] : most;
+    for (l = first; l + LANES <= length; l += LANES) {
+        vf part = exp_f(load_f(row + l) - most);
+        store_f(row + l, part);
+        sums += part;
     }
-    for (int64_t l = first; l < length; l++) row[l] /= total;
+    for (; l < length; l++) total += row[l] = expf(row[l] - most);
+    total = 1.0f / (total + sum_f(sums));
+    for (l = first; l < length; l++) row[l] *= total;
+}
+
+/* The key or value of a position soon to be read, if there is one. */
+INLINE void fetch(const float *pool, const int64_t *place, int64_t l, int64_t length,
+                  int64_t stride, int64_t size) {
+    if (l >= length) return;
+    for (int64_t i = 0; i < size; i += 16) __builtin_prefetch(pool + place[l] * stride + i);
+}
+
+/* score[h][l] = scale * q_h k_l for the heads of a group and positions first .. length - 1, LANES of
+ * them at a time. Position l lies at `place[l] * stride`. */
+static void score_keys(const float *query, const float *keys, const int64_t *place, int64_t first,
+                       int64_t length, const Sizes *s, float scale, float *score) {
+    const int64_t group = s->heads / s->kv_heads, size = s->size, stride = s->kv_heads * size;
+    for (int64_t l = first; l < length; l += LANES) {
+        const int64_t left = length - l < LANES ? length - l : LANES;
+        const float *key[LANES];
+        for (int64_t j = 0; j < LANES; j++) {
+            key[j] = keys + place[l + (j < left ? j : left - 1)] * stride;
+            fetch(keys, place, l + AHEAD + j, length, stride, size);
+        }
+        for (int64_t h = 0; h < group; h++) {
+            const float *q = query + h * size;
+            vf sums[LANES] = {{0}};
+            int64_t i = 0;
+            for (; i + LANES <= size; i += LANES) {
+                const vf part = load_f(q + i);
+                UNROLL for (int j = 0; j < LANES; j++) sums[j] += part * load_f(key[j] + i);
+            }
+            vf total = sums_f(sums) * scale;
+            for (; i < size; i++)
+                for (int j = 0; j < LANES; j++) total[j] += scale * q[i] * key[j][i];
+            memcpy(score + h * s->longest + l, &total, (size_t)left * sizeof *score);
+        }
+    }
+}
+
+/* out[0 .. vectors * LANES - 1] += sum_l score[l] v_l for positions from .. to - 1. */
+INLINE void weigh(const float *score, const float *values, const int64_t *place, int64_t from,
+                  int64_t to, int64_t stride, float *out, int vectors) {
+    vf sums[8];
+    UNROLL for (int i = 0; i < vectors; i++) sums[i] = load_f(out + i * LANES);
+    for (int64_t l = from; l < to; l++) {
+        const float *value = values + place[l] * stride;
+        UNROLL for (int i = 0; i < vectors; i++) sums[i] += score[l] * load_f(value + i * LANES);
+    }
+    UNROLL for (int i = 0; i < vectors; i++) store_f(out + i * LANES, sums[i]);
+}
+
+/* out[h] = sum_l score[h][l] v_l; the values of `CHUNK` positions stay in the first cache for all
+ * heads of the group. */
+static void sum_values(const float *score, const float *values, const int64_t *place,
+                       int64_t first, int64_t length, const Sizes *s, float *out) {
+    const int64_t group = s->heads / s->kv_heads, wide = s->wide, stride = s->kv_heads * wide;
+    memset(out, 0, (size_t)(group * wide) * sizeof *out);
+    for (int64_t from = first; from < length; from += CHUNK) {
+        const int64_t to = from + CHUNK < length ? from + CHUNK : length;
+        for (int64_t l = to; l < to + CHUNK; l++) fetch(values, place, l, length, stride, wide);
+        for (int64_t h = 0; h < group; h++) {
+            const float *weight = score + h * s->longest;
+            float *row = out + h * wide;
+            int64_t i = 0;
+            for (; i + 8 * LANES <= wide; i += 8 * LANES)
+                weigh(weight, values + i, place, from, to, stride, row + i, 8);
+            for (; i + LANES <= wide; i += LANES)
+                weigh(weight, values + i, place, from, to, stride, row + i, 1);
+            for (; i < wide; i++)
+                for (int64_t l = from; l < to; l++) row[i] += weight[l] * values[place[l] * stride + i];
+        }
+    }
 }
 
 /* One query token each of `count` sequences. q [count][H][E]; keys [slots][G][E], values
@@ -138,28 +217,16 @@ INLINE void softmax(float *row, int64_t first, int64_t length) {
  * scores [count][H][longest] is scratch. */
 void attend(const float *q, const float *keys, const float *values, const int64_t *slots,
             const int64_t *lengths, float *out, float *scores, const Sizes *s, float scale) {
-    const int64_t count = s->count, longest = s->longest, heads = s->heads, kv_heads = s->kv_heads;
-    const int64_t size = s->size, wide = s->wide, window = s->window, group = heads / kv_heads;
+    const int64_t group = s->heads / s->kv_heads, window = s->window;
 #pragma omp parallel for schedule(static)
-    for (int64_t task = 0; task < count * kv_heads; task++) {
-        const int64_t t = task / kv_heads, g = task % kv_heads, length = lengths[t];
+    for (int64_t task = 0; task < s->count * s->kv_heads; task++) {
+        const int64_t t = task / s->kv_heads, g = task % s->kv_heads, length = lengths[t];
         const int64_t first = window && length > window ? length - window : 0;
-        const int64_t *place = slots + t * longest;
-        const float *query = q + (t * heads + g * group) * size;
-        float *score = scores + (t * heads + g * group) * longest;
-        float *result = out + (t * heads + g * group) * wide;
-        for (int64_t l = first; l < length; l++)
-            for (int64_t h = 0; h < group; h++)
-                score[h * longest + l] =
-                    scale * dot_f(query + h * size, keys + (place[l] * kv_heads + g) * size, size);
-        for (int64_t h = 0; h < group; h++) softmax(score + h * longest, first, length);
-        memset(result, 0, (size_t)(group * wide) * sizeof *result);
-        for (int64_t l = first; l < length; l++) {
-            const float *value = values + (place[l] * kv_heads + g) * wide;
-            for (int64_t h = 0; h < group; h++)
-                for (int64_t i = 0; i < wide; i++)
-                    result[h * wide + i] += score[h * longest + l] * value[i];
-        }
+        const int64_t *place = slots + t * s->longest, head = t * s->heads + g * group;
+        float *score = scores + head * s->longest;
+        score_keys(q + head * s->size, keys + g * s->size, place, first, length, s, scale, score);
+        for (int64_t h = 0; h < group; h++) softmax(score + h * s->longest, first, length);
+        sum_values(score, values + g * s->wide, place, first, length, s, out + head * s->wide);
     }
 }
 

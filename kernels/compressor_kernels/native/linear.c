@@ -82,8 +82,7 @@ static void round_block(const float *x, int64_t count, Rounded *out) {
     UNROLL for (int i = 0; i < BLOCK / LANES; i++) {
         v[i] = load_f(x + i * LANES);
         vf size = (vf)((vu)v[i] & 0x7fffffffu);
-        vu above = (vu)(size > most);
-        most = (vf)(((vu)size & above) | ((vu)most & ~above));
+        most = larger_f(size, most);
         bad += v[i] * 0.0f; /* NaN where x is NaN or infinite: the scale carries it on */
     }
     float largest = max_f(most), inverse = largest > 0 ? 127.0f / largest : 0.0f;

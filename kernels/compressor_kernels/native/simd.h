@@ -53,6 +53,27 @@ INLINE float sum_f(vf v) {
     return part[0];
 }
 
+/* Lane i: the sum of v[i], for LANES vectors. */
+INLINE vf sums_f(const vf *v) {
+#if defined(__AVX2__) && LANES == 8
+    __m256 low = _mm256_hadd_ps(_mm256_hadd_ps((__m256)v[0], (__m256)v[1]),
+                                _mm256_hadd_ps((__m256)v[2], (__m256)v[3]));
+    __m256 high = _mm256_hadd_ps(_mm256_hadd_ps((__m256)v[4], (__m256)v[5]),
+                                 _mm256_hadd_ps((__m256)v[6], (__m256)v[7]));
+    return (vf)_mm256_permute2f128_ps(low, high, 0x20) +
+           (vf)_mm256_permute2f128_ps(low, high, 0x31);
+#else
+    float sums[LANES];
+    for (int i = 0; i < LANES; i++) sums[i] = sum_f(v[i]);
+    return load_f(sums);
+#endif
+}
+
+INLINE vf larger_f(vf a, vf b) {
+    vu above = (vu)(a > b);
+    return (vf)(((vu)a & above) | ((vu)b & ~above));
+}
+
 INLINE float max_f(vf v) {
     float part[LANES];
     memcpy(part, &v, sizeof v);
