@@ -1,5 +1,8 @@
 """One linear of a 1 B Llama in every way that this machine has, taking turns.
 
+Without instructions for bf16 torch emulates it, and a product of many rows takes seconds: such ways
+take two turns only.
+
 Copies of each weight are rotated (at least `ROTATED` bytes), so that no cache holds them. `read` is
 the sum of as many bytes of a dense tensor: the read bandwidth under the same conditions. One thread
 is timed by its own clock, which stands still while other processes have the core.
@@ -8,8 +11,8 @@ is timed by its own clock, which stands still while other processes have the cor
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from itertools import count
 from statistics import median
 from typing import Any
@@ -25,7 +28,8 @@ SHAPES = ((2048, 2048), (5632, 2048), (2048, 5632))  # (out, in)
 ROWS = (1, 8, 64, 512)
 ROTATED = 160_000_000
 GROUP = 32
-SLOW_ROWS = 8  # products emulated in bf16 are not waited for above this
+SLOW_ROWS = 8  # above this, products that emulate bf16 take seconds
+SELDOM = 2  # so often are those timed, without warming up
 Call = Callable[[], object]
 
 
@@ -35,13 +39,15 @@ class Candidate:
 
     nbytes: int
     calls: list[Call]
+    is_slow: bool = False
 
 
 def measure(shape: tuple[int, int], rows: int, *, seconds: float, inductor: bool) -> dict[str, Any]:
     """Microseconds (median and best tenth), GB/s and GFLOP/s of every way."""
     out_features, columns = shape
     found = candidates(shape, rows, inductor=inductor)
-    times = turns({name: c.calls for name, c in found.items()}, seconds)
+    slow = {name for name, c in found.items() if c.is_slow}
+    times = turns({name: c.calls for name, c in found.items()}, seconds, seldom=slow)
     ways = {}
     for name, values in times.items():
         middle = median(values)
@@ -51,14 +57,18 @@ def measure(shape: tuple[int, int], rows: int, *, seconds: float, inductor: bool
             "us_best_tenth": sorted(values)[len(values) // 10] * 1e6,
             "gb_per_s": found[name].nbytes / middle / 1e9,
             "gflops": 0.0 if name == "read" else flops,
+            "calls": len(values),
         }
     return {"shape": list(shape), "rows": rows, "ways": ways}
 
 
-def turns(calls: dict[str, list[Call]], seconds: float) -> dict[str, list[float]]:
-    """Seconds of each call; all take turns for at least `seconds` and three rounds."""
-    for own in calls.values():
-        own[0]()
+def turns(
+    calls: dict[str, list[Call]], seconds: float, *, seldom: Collection[str] = ()
+) -> dict[str, list[float]]:
+    """Seconds of each call; all take turns for at least `seconds` and three rounds, those named in
+    `seldom` in the first `SELDOM` only."""
+    for name in calls.keys() - seldom:
+        calls[name][0]()
     times: dict[str, list[float]] = {name: [] for name in calls}
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     end = time.perf_counter() + seconds
@@ -66,6 +76,8 @@ def turns(calls: dict[str, list[Call]], seconds: float) -> dict[str, list[float]
         if turn >= 3 and time.perf_counter() > end:
             return times
         for name, own in calls.items():
+            if name in seldom and turn >= SELDOM:
+                continue
             started = clock()
             own[turn % len(own)]()
             times[name].append(clock() - started)
@@ -77,13 +89,13 @@ def candidates(shape: tuple[int, int], rows: int, *, inductor: bool) -> dict[str
     x = torch.randn(rows, shape[1])
     half = x.bfloat16()
     found = {"read": _read(), "fp32": _dense(shape, x)}
-    if cpu.has_fast_bf16() or rows <= SLOW_ROWS:
-        found["bf16"] = _dense(shape, half)
-        if inductor:
-            found["bf16 inductor"] = _compiled(shape, half)
-        if cpu.int4_op_takes(GROUP, shape):
-            found["torch int4"] = _torch_int4(shape, half)
-        found["torch int8"] = _torch_int8(shape, half)
+    slow = rows > SLOW_ROWS and not cpu.has_fast_bf16()
+    found["bf16"] = replace(_dense(shape, half), is_slow=slow)
+    if inductor and not slow:
+        found["bf16 inductor"] = _compiled(shape, half)
+    if cpu.int4_op_takes(GROUP, shape):
+        found["torch int4"] = replace(_torch_int4(shape, half), is_slow=slow)
+    found["torch int8"] = replace(_torch_int8(shape, half), is_slow=slow)
     for bits in (4, 8, 2):
         found[f"W{bits}"] = _ours(bits, shape, x, rounds=False)
         found[f"W{bits} int8"] = _ours(bits, shape, x, rounds=True)

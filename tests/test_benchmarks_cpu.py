@@ -28,6 +28,23 @@ def test_everything_takes_turns():
     assert {len(values) for values in times.values()} == {3}
 
 
+def test_slow_ways_take_two_turns_and_do_not_warm_up():
+    order = []
+    calls = {"a": [lambda: order.append("a")], "b": [lambda: order.append("b")]}
+    times = turns(calls, 0.0, seldom={"b"})
+    assert "".join(order) == "aababa"
+    assert len(times["b"]) == 2
+
+
+def test_every_row_count_has_a_product_in_bf16(monkeypatch):
+    monkeypatch.setattr(cpu_linears, "ROTATED", 1)
+    rows = [cpu_linears.measure((64, 128), m, seconds=0.0, inductor=False) for m in (1, 64)]
+    page = cpu._linear_tables(rows)
+    assert "| 64 x 128, over bf16 | " in page
+    assert all({"bf16", "torch int4", "torch int8"} <= row["ways"].keys() for row in rows)
+    assert "share of the read bandwidth" in page
+
+
 def test_all_ways_compute_a_product_of_the_same_shape(monkeypatch):
     monkeypatch.setattr(cpu_linears, "ROTATED", 1)
     for name, candidate in candidates((64, 128), 3, inductor=False).items():

@@ -119,6 +119,15 @@ def test_attention_sees_the_slots_of_its_sequence(lengths, window):
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [6, 20, 72, 128])
+def test_heads_of_any_size_are_attended(size):
+    _, contexts = pool_and_contexts([3, 21])
+    pool, q = (torch.randn(40, G, size), torch.randn(40, G, size)), torch.randn(2, H, size)
+    got = attend(q, pool, contexts, scale=0.3, window=None)
+    wanted = slow_attention(q, pool, contexts, scale=0.3, window=None)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_scores_far_apart_do_not_overflow():
     pool, contexts = pool_and_contexts([5])
     q = torch.randn(1, H, E) * 1e4

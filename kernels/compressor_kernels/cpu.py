@@ -33,9 +33,10 @@ from compressor_kernels.planes import from_planes
 from compressor_kernels.reference import expand_groups
 
 CHUNK_ELEMENTS = 1 << 19  # dequantized floats alive at once: 2 MiB, fastest here of 2^16 ... 2^22
-EXPANDED = 1 << 20  # the same for the C kernels, whose products are of one buffer
+EXPANDED = 3 << 20  # the same at most for the C kernels, whose products are of one buffer
+PAD = 16  # floats behind a row of that buffer, so that rows lie on different lines of the cache
 SMALL_ROWS = 32  # the packed ops beat dequantizing up to here (bench/results)
-MANY_ROWS = 96  # from here on MKL's product of dequantized rows beats the exact C kernel
+MANY_ROWS = 160  # from here on MKL's product of dequantized rows beats the exact C kernel
 
 
 def _flag(name: str) -> bool:
@@ -93,11 +94,13 @@ def _expanded_linear(x: Tensor, resident: dict[str, Tensor], weight: native.Weig
     out_features, columns = weight.shape
     x_wide = x.to(compute)
     y = torch.empty((x.shape[0], out_features), dtype=compute)
-    step = max(64, EXPANDED // columns // 64 * 64)  # whole bands
-    buffer = torch.empty(step * columns)
+    parts = -(-out_features * columns // EXPANDED)
+    step = -(-out_features // parts // 64) * 64  # parts of one size, whole bands
+    buffer = torch.empty((columns, step + PAD))
     for start in range(0, out_features, step):
-        dense = native.expanded(weight, resident, start, buffer)
-        y[:, start : start + step] = x_wide @ dense.to(compute)
+        rows = range(start, min(start + step, out_features))
+        dense = native.expanded(weight, resident, rows, buffer).to(compute)
+        torch.mm(x_wide, dense, out=y[:, rows.start : rows.stop])
     return y.to(x.dtype)
 
 

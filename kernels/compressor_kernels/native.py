@@ -54,7 +54,7 @@ class WeightStruct(ctypes.Structure):
 
 _SIGNATURES = {
     "linear": [POINTER, POINTER, LONG, POINTER, POINTER, INT],
-    "expand": [POINTER, LONG, LONG, POINTER],
+    "expand": [POINTER, LONG, LONG, LONG, POINTER],
     "pack": [POINTER, POINTER, LONG, LONG, LONG, INT],
     "block_in": [POINTER, POINTER, LONG, *[POINTER] * 6, INT],
     "block_out": [POINTER, POINTER, POINTER, LONG, POINTER, POINTER, INT],
@@ -260,19 +260,18 @@ class Product:
         return y if is_ready else y.to(x.dtype)
 
 
-def expanded(weight: Weight, resident: Tensors, first: int, out: Tensor) -> Tensor:
-    """Float32 w^T [I, R] of the rows from `first` on (a multiple of 64), written into `out`.
+def expanded(weight: Weight, resident: Tensors, rows: range, out: Tensor) -> Tensor:
+    """Float32 w^T [I, R] of R rows, from a multiple of 64 on, written into `out`.
 
-    `out` is a flat float32 buffer; R is as many rows as fit, in whole bands of rows.
+    `out` [I, W] is float32 and contiguous and holds whole bands of rows. W should be no power of
+    two, or its rows fall on the same lines of the cache.
     """
     found = needed()
     lanes: int = found.lanes()
-    left = resident["scale"].shape[0] - first // lanes
-    bands = min(out.numel() // (weight.shape[1] * lanes), left)
-    struct = weight_struct(weight, resident)
-    found.expand(ctypes.byref(struct), first // lanes, bands, out.data_ptr())
-    dense = out[: weight.shape[1] * bands * lanes].view(weight.shape[1], bands * lanes)
-    return dense[:, : weight.shape[0] - first]
+    bands = -(-len(rows) // lanes)
+    struct, first = weight_struct(weight, resident), rows.start // lanes
+    found.expand(ctypes.byref(struct), first, bands, out.shape[1], out.data_ptr())
+    return out[:, : len(rows)]
 
 
 def weight_struct(weight: Weight, resident: Tensors, bias: Tensor | None = None) -> WeightStruct:

@@ -18,6 +18,7 @@
 #define TILE_BYTES (160 << 10) /* and how much of the second level cache their blocks may take */
 #define PREFETCH 1024          /* bytes ahead */
 #define SPARE (64 << 10)
+#define TOGETHER 4 /* bands that are made dense side by side */
 enum { ANY = -1, FLOAT32, BFLOAT16, FLOAT16 }; /* how scales are stored */
 
 typedef struct {
@@ -192,20 +193,26 @@ INLINE void exact_tile(const Weight *w, const float *x, float *y, int64_t band, 
     UNROLL for (int m = 0; m < count; m++) store_band(w, band, y + m * w->rows, sum[m]);
 }
 
-INLINE void expand_band(const Weight *w, int64_t first, int64_t band, int64_t bands, float *out,
-                        int bits) {
-    const uint8_t *stream = w->stream + (first + band) * w->blocks * bits * VECTOR_BYTES;
+/* Bands `from` .. `to` - 1 of those that begin at `first`, side by side so that whole lines of `out`
+ * are written at a time. */
+INLINE void expand_bands(const Weight *w, int64_t first, int64_t from, int64_t to, int64_t width,
+                         float *out, int bits) {
     const int64_t groups = (w->blocks + w->group_blocks - 1) / w->group_blocks;
-    for (int64_t k = 0; k < w->blocks; k++, stream += bits * VECTOR_BYTES) {
-        vu q[STEPS];
-        unpack(stream, q, bits, 0);
-        int64_t group = (first + band) * groups + k / w->group_blocks;
-        vf scale = load_scale(w, group, w->scale_kind), zero = load_zeros(w, group, 0);
-        for (int64_t at = k * BLOCK; at < (k + 1) * BLOCK && at < w->columns; at++) {
-            vf code = CONVERT((vi)((q[at % BLOCK / 4] >> (8 * (at % 4))) & 255), vf);
-            store_f(out + (at * bands + band) * LANES, scale * (code - zero));
+    for (int64_t k = 0; k < w->blocks; k++)
+        for (int64_t band = from; band < to; band++) {
+            vu q[STEPS];
+            unpack(w->stream + ((first + band) * w->blocks + k) * bits * VECTOR_BYTES, q, bits, 0);
+            const int64_t group = (first + band) * groups + k / w->group_blocks;
+            vf scale = load_scale(w, group, w->scale_kind), zero = load_zeros(w, group, 0);
+            float *to_block = out + k * BLOCK * width + band * LANES;
+            const int64_t left = w->columns - k * BLOCK, count = left < BLOCK ? left : BLOCK;
+            UNROLL for (int i = 0; i < STEPS; i++)
+                UNROLL for (int j = 0; j < 4; j++) {
+                    if (4 * i + j >= count) break;
+                    vf code = CONVERT((vi)((q[i] >> (8 * j)) & 255), vf);
+                    store_f(to_block + (4 * i + j) * width, scale * (code - zero));
+                }
         }
-    }
 }
 
 /* ---------------------------------------------------------------- one function for each width */
@@ -225,14 +232,14 @@ INLINE void expand_band(const Weight *w, int64_t first, int64_t band, int64_t ba
         else if (count == 4) exact_tile(w, x, y, band, 4, b);                                  \
         else exact_tile(w, x, y, band, 8, b);                                                  \
     }                                                                                          \
-    static void expand_##b(const Weight *w, int64_t first, int64_t band, int64_t bands,        \
-                           float *out) {                                                       \
-        expand_band(w, first, band, bands, out, b);                                            \
+    static void expand_##b(const Weight *w, int64_t first, int64_t from, int64_t to,           \
+                           int64_t width, float *out) {                                        \
+        expand_bands(w, first, from, to, width, out, b);                                       \
     }
 WIDTH(2) WIDTH(3) WIDTH(4) WIDTH(5) WIDTH(6) WIDTH(7) WIDTH(8)
 
 typedef void Int8(const Weight *, const Rounded *, float *, int64_t, int64_t, int);
-typedef void Expand(const Weight *, int64_t, int64_t, int64_t, float *);
+typedef void Expand(const Weight *, int64_t, int64_t, int64_t, int64_t, float *);
 typedef void Exact(const Weight *, const float *, float *, int64_t, int);
 static Int8 *const INT8[] = {int8_2, int8_3, int8_4, int8_5, int8_6, int8_7, int8_8};
 static Exact *const EXACT[] = {exact_2, exact_3, exact_4, exact_5, exact_6, exact_7, exact_8};
@@ -317,10 +324,13 @@ void linear(const Weight *w, const float *x, int64_t m, float *y, void *work, in
     linears(w, 1, x, m, &y, work ? work : spare, rounds);
 }
 
-/* W of `bands` bands from `first` on, dense and transposed: out [K][bands * LANES]. */
-void expand(const Weight *w, int64_t first, int64_t bands, float *out) {
+/* W of `bands` bands from `first` on, dense and transposed: out [K][width], width >= bands * LANES. */
+void expand(const Weight *w, int64_t first, int64_t bands, int64_t width, float *out) {
 #pragma omp parallel for schedule(static) if (bands * LANES * w->columns > SERIAL)
-    for (int64_t band = 0; band < bands; band++) EXPAND[w->bits - 2](w, first, band, bands, out);
+    for (int64_t from = 0; from < bands; from += TOGETHER) {
+        int64_t to = from + TOGETHER < bands ? from + TOGETHER : bands;
+        EXPAND[w->bits - 2](w, first, from, to, width, out);
+    }
 }
 
 /* From a checkpoint's packed words [N][words], rows of b-bit codes with the first in the lowest
