@@ -69,7 +69,9 @@ def quantize(
 
 def prune(
     model: Annotated[str, typer.Argument(help="Folder, hub id or `reference`.")],
-    method: Annotated[str | None, typer.Option(help="alps, sparsegpt, wanda, ria, magnitude")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="alps, sparsegpt, wanda, ria or magnitude.")
+    ] = None,
     sparsity: Annotated[float | None, typer.Option(help="Fraction of weights to drop.")] = None,
     pattern: Annotated[str | None, typer.Option(help="2:4 or 4:8.")] = None,
     width: Annotated[
