@@ -220,8 +220,8 @@ def _linear_tables(rows: list[Row]) -> str:
     parts = [
         "## Linears\n",
         "Microseconds; in brackets the speed-up over fp32, and for one row GB/s of weight bytes. "
-        "W4, W8 and W2 have groups of 32; `int8` rounds activations. Where torch emulates "
-        "bf16 (AVX2), its products of 64 rows and more were timed twice.\n",
+        "W4, W8 and W2 have groups of 32; `int8` rounds activations. On AVX2 torch "
+        "emulates bf16. `read` sums 8 MB in torch.\n",
         _summary_table(rows),
     ]
     for shape in sorted({tuple(row["shape"]) for row in rows}):

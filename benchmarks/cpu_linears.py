@@ -1,7 +1,6 @@
 """One linear of a 1 B Llama in every way that this machine has, taking turns.
 
-Without instructions for bf16 torch emulates it, and a product of many rows takes seconds: such ways
-take two turns only.
+Without instructions for bf16 torch emulates it: compare with `fp32` there, too.
 
 Copies of each weight are rotated (at least `ROTATED` bytes), so that no cache holds them. `read` is
 the sum of as many bytes of a dense tensor: the read bandwidth under the same conditions. One thread
@@ -11,8 +10,8 @@ is timed by its own clock, which stands still while other processes have the cor
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import count
 from statistics import median
 from typing import Any
@@ -28,8 +27,6 @@ SHAPES = ((2048, 2048), (5632, 2048), (2048, 5632))  # (out, in)
 ROWS = (1, 8, 64, 512)
 ROTATED = 160_000_000
 GROUP = 32
-SLOW_ROWS = 8  # above this, products that emulate bf16 take seconds
-SELDOM = 2  # so often are those timed, without warming up
 Call = Callable[[], object]
 
 
@@ -39,15 +36,13 @@ class Candidate:
 
     nbytes: int
     calls: list[Call]
-    is_slow: bool = False
 
 
 def measure(shape: tuple[int, int], rows: int, *, seconds: float, inductor: bool) -> dict[str, Any]:
     """Microseconds (median and best tenth), GB/s and GFLOP/s of every way."""
     out_features, columns = shape
     found = candidates(shape, rows, inductor=inductor)
-    slow = {name for name, c in found.items() if c.is_slow}
-    times = turns({name: c.calls for name, c in found.items()}, seconds, seldom=slow)
+    times = turns({name: c.calls for name, c in found.items()}, seconds)
     ways = {}
     for name, values in times.items():
         middle = median(values)
@@ -62,13 +57,10 @@ def measure(shape: tuple[int, int], rows: int, *, seconds: float, inductor: bool
     return {"shape": list(shape), "rows": rows, "ways": ways}
 
 
-def turns(
-    calls: dict[str, list[Call]], seconds: float, *, seldom: Collection[str] = ()
-) -> dict[str, list[float]]:
-    """Seconds of each call; all take turns for at least `seconds` and three rounds, those named in
-    `seldom` in the first `SELDOM` only."""
-    for name in calls.keys() - seldom:
-        calls[name][0]()
+def turns(calls: dict[str, list[Call]], seconds: float) -> dict[str, list[float]]:
+    """Seconds of each call; all take turns for at least `seconds` and three rounds."""
+    for own in calls.values():
+        own[0]()
     times: dict[str, list[float]] = {name: [] for name in calls}
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     end = time.perf_counter() + seconds
@@ -76,8 +68,6 @@ def turns(
         if turn >= 3 and time.perf_counter() > end:
             return times
         for name, own in calls.items():
-            if name in seldom and turn >= SELDOM:
-                continue
             started = clock()
             own[turn % len(own)]()
             times[name].append(clock() - started)
@@ -89,13 +79,12 @@ def candidates(shape: tuple[int, int], rows: int, *, inductor: bool) -> dict[str
     x = torch.randn(rows, shape[1])
     half = x.bfloat16()
     found = {"read": _read(), "fp32": _dense(shape, x)}
-    slow = rows > SLOW_ROWS and not cpu.has_fast_bf16()
-    found["bf16"] = replace(_dense(shape, half), is_slow=slow)
-    if inductor and not slow:
+    found["bf16"] = _dense(shape, half)
+    if inductor:
         found["bf16 inductor"] = _compiled(shape, half)
     if cpu.int4_op_takes(GROUP, shape):
-        found["torch int4"] = replace(_torch_int4(shape, half), is_slow=slow)
-    found["torch int8"] = replace(_torch_int8(shape, half), is_slow=slow)
+        found["torch int4"] = _torch_int4(shape, half)
+    found["torch int8"] = _torch_int8(shape, half)
     for bits in (4, 8, 2):
         found[f"W{bits}"] = _ours(bits, shape, x, rounds=False)
         found[f"W{bits} int8"] = _ours(bits, shape, x, rounds=True)

@@ -28,14 +28,6 @@ def test_everything_takes_turns():
     assert {len(values) for values in times.values()} == {3}
 
 
-def test_slow_ways_take_two_turns_and_do_not_warm_up():
-    order = []
-    calls = {"a": [lambda: order.append("a")], "b": [lambda: order.append("b")]}
-    times = turns(calls, 0.0, seldom={"b"})
-    assert "".join(order) == "aababa"
-    assert len(times["b"]) == 2
-
-
 def test_every_row_count_has_a_product_in_bf16(monkeypatch):
     monkeypatch.setattr(cpu_linears, "ROTATED", 1)
     rows = [cpu_linears.measure((64, 128), m, seconds=0.0, inductor=False) for m in (1, 64)]
