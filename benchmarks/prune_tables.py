@@ -19,7 +19,8 @@ INTRODUCTION = """# Pruning, repair, distillation
 Written by `python -m benchmarks prune_distill`; do not edit. Held-out rows, float32. Damage:
 ln(perplexity ratio) = lost cross-entropy, nats a token. Several seeds (other calibration rows) are
 one line: mean, and in brackets the smallest and largest damage. Seconds: wall time of a cell with
-calibration and scoring on a machine shared with much other work, no measure of speed.
+calibration and scoring on a machine shared with much other work, no measure of speed. Repaired: by
+least squares; masks without another name are those of ALPS, the default.
 """
 HEADER = (
     "| shape | method | parameters | nonzero | KL | damage | perplexity ratio | top-1 % | s |\n"
