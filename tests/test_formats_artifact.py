@@ -23,7 +23,7 @@ from tests.stage_fixtures import Bench, Built, build_artifact, random_rows
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
-FP4 = tuple(label for label in FIXED if SCHEMES[label].bits == 4)
+FP4 = tuple(label for label in FIXED if "FP4" in label)
 WIDE = {"hidden_size": 128, "intermediate_size": 256}
 
 
@@ -76,7 +76,7 @@ def test_transformers_computes_what_we_compute(built: Any, scheme: str) -> None:
     assert_same(built(scheme).artifact, dtype_of(scheme))
 
 
-@pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "NVFP4", "MXFP4A16", "W8A8"])
+@pytest.mark.parametrize("scheme", ["FP8_DYNAMIC", "NVFP4", "MXFP4A16", "W8A8", "W4A8"])
 def test_gptq_artifacts_load_too(built: Any, scheme: str) -> None:
     artifact = built(scheme, "qwen3", method="gptq").artifact
     assert_same(artifact, dtype_of(scheme))

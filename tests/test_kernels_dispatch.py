@@ -99,6 +99,20 @@ def test_eight_bit_inputs_and_weights_meet_in_eight_bit_products(monkeypatch):
     assert (way("int8", "int-quantized"), way("fp8", "float-quantized")) == ("w8a8", "triton")
 
 
+def test_int4_weights_meet_inputs_of_eight_bits(monkeypatch):
+    def way(activations, group=128, bits=4):
+        spec = LinearSpec(bits, group, True, (64, 256), torch.bfloat16, activations=activations)
+        return plan_for("cuda", spec).name
+
+    monkeypatch.setattr(dispatch.gpu, "multiplies_e4m3", lambda _: True)
+    assert way("int8") == way("fp8") == way("fp8", -1) == "w4a8"
+    assert way("none") == way("int8", 16) == way("int8", bits=3) == "triton"
+    monkeypatch.setattr(dispatch.gpu, "multiplies_e4m3", lambda _: False)
+    assert (way("int8"), way("fp8")) == ("w4a8", "triton")
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert way("int8") == "triton"  # and the layer rounds its inputs in torch
+
+
 def test_the_resident_bytes_are_the_packed_bytes_and_the_scales():
     spec = LinearSpec(3, 128, True, (64, 256))
     plan, tensors = plan_for("cpu", spec), checkpoint(spec)

@@ -231,19 +231,20 @@ def packed_linear(packed, device, way=None):
         dispatch.choose = chosen
 
 
-def eight_bit_error(device, activations):
+def eight_bit_error(device, scheme):
     """A layer whose inputs are rounded: eight-bit products against rounding and a dense product."""
     from compressor.artifact.formats import LayerFormat
     from compressor.artifact.packing import pack_weight
     from compressor.modeling.packed_linear import unrounded_inputs
+    from compressor.recipe import SCHEMES
 
     torch.manual_seed(0)
-    number = "int" if activations == "int8" else "float"
-    fmt = LayerFormat(8, -1, True, "float32", number, activations)
-    codes, size = torch.randint(0, 126, (72, 300)).byte(), (72, 1)
-    packed = pack_weight(codes, torch.rand(size), torch.full(size, 128), fmt)
-    ours, plain = packed_linear(packed, device, "w8a8"), packed_linear(packed, device)
-    x = torch.randn(5, 300) * torch.logspace(-1, 1, 300)
+    fmt = LayerFormat.of(SCHEMES[scheme], "float32")
+    codes = torch.randint(0, min(126, 1 << fmt.bits), (72, 384)).byte()
+    size = (72, fmt.num_groups(384))
+    packed = pack_weight(codes, torch.rand(size), torch.full(size, 1 << (fmt.bits - 1)), fmt)
+    ours, plain = packed_linear(packed, device, f"w{fmt.bits}a8"), packed_linear(packed, device)
+    x = torch.randn(5, 384) * torch.logspace(-1, 1, 384)
     found = distance(ours(x.to(device)), plain(x).double())
     model = torch.nn.ModuleList([ours, plain])
     with unrounded_inputs(model):
@@ -289,7 +290,7 @@ CASES = [
     (experts_error, ("int4", 64, True), 1e-3),
     (experts_error, ("e2m1", 16, True), 1e-3),
     (experts_error, ("int8", -1, False), 1e-3),
-    *[(eight_bit_error, (a,), 1e-6) for a in ("int8", "fp8")],
+    *[(eight_bit_error, (s,), 1e-6) for s in ("W8A8", "FP8_DYNAMIC", "W4A8", "W4AFP8")],
     (layer_error, (32, True), 2e-3),
     (layer_error, (-1, False), 2e-3),
 ]  # fmt: skip

@@ -151,6 +151,20 @@ def test_three_bits_take_three_bits():
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("is_symmetric", [True, False])
+def test_weights_for_eight_bit_inputs_come_back_from_their_words(dtype, is_symmetric):
+    from compressor_kernels.reference import dequantize
+    from compressor_kernels.w4a8 import to_bytes
+
+    codes, scale = torch.randint(0, 16, (130, 300)).to(torch.uint8), torch.rand(130, 5)
+    zero = None if is_symmetric else torch.randint(0, 16, (130, 5)).to(torch.uint8)
+    weight = to_bytes(codes, scale, zero, group_size=64, dtype=dtype)
+    assert torch.equal(weight.codes(), codes)
+    expected = dequantize(codes, scale, 8.0 if zero is None else zero, 64)
+    assert torch.equal(weight.dense(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
 def test_the_eight_bit_unpacking_is_exact_for_every_code_on_every_plane(dtype):
     from compressor_kernels.w4a8 import E4M3_ASM, INT8_ASM, to_bytes
 

@@ -93,7 +93,7 @@ class LayerFormat:
     def stored(self) -> str:
         """compressed-tensors' name of the way of storing."""
         if self.number == "int":
-            is_packed = self.activations == "none" and not self.plain
+            is_packed = (self.activations == "none" or self.bits < 8) and not self.plain
             return "pack-quantized" if is_packed else "int-quantized"
         if self.bits == 8:
             return "float-quantized"

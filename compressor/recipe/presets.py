@@ -6,7 +6,9 @@ size, bits and symmetry of these may be changed by keys of the recipe. The other
 formats that hardware multiplies:
 
     W8A8         int8 weights, a scale each output channel; int8 activations, a scale each token
-    FP8_DYNAMIC  the same in 8-bit floats (e4m3)
+    W4A8         int4 weights, a scale each 128 inputs; activations as W8A8
+    W4AFP8       the same with activations in 8-bit floats (e4m3)
+    FP8_DYNAMIC  e4m3 weights and activations, otherwise as W8A8
     FP8A16       8-bit float weights, 16-bit activations
     FP8_BLOCK    8-bit float weights, a scale each 128 x 128 block; activations a scale each 128
     NVFP4        4-bit floats (e2m1), an 8-bit float scale each 16, one 32-bit scale each tensor
@@ -75,6 +77,8 @@ SCHEMES: Final[dict[str, Preset]] = {
     **{f"W{bits}A16": Preset(bits, True) for bits in range(2, 9)},
     **{f"W{bits}A16_ASYM": Preset(bits, False) for bits in range(2, 9)},
     "W8A8": Preset(8, True, -1, activations="int8"),
+    "W4A8": Preset(4, True, activations="int8"),
+    "W4AFP8": Preset(4, True, activations="fp8"),
     "FP8_DYNAMIC": Preset(8, True, -1, "float", "fp8"),
     "FP8A16": Preset(8, True, -1, "float"),
     "FP8_BLOCK": Preset(8, True, -1, "float", "fp8_group", BLOCK_EDGE),
@@ -105,7 +109,12 @@ _KERNEL_GROUPS = frozenset({32, 64, 128, -1})
 LOADERS: Final[dict[str, Loader]] = {
     "ours": Loader(_ALL_BITS, _ALL_BITS, _ALL_GROUPS, frozenset(FIXED)),
     "transformers": Loader(_ALL_BITS, frozenset(), _ALL_GROUPS, frozenset(FIXED)),
-    "vllm": Loader(_ALL_BITS, frozenset({4, 8}), _KERNEL_GROUPS, frozenset(FIXED) - {"MXFP4"}),
+    "vllm": Loader(
+        _ALL_BITS,
+        frozenset({4, 8}),
+        _KERNEL_GROUPS,
+        frozenset(FIXED) - {"MXFP4", "W4A8", "W4AFP8"},  # the last two: not looked at
+    ),
     "sglang": Loader(
         frozenset({4, 8}),
         frozenset({4, 8}),

@@ -16,8 +16,8 @@ from compressor.recipe.types import Fraction, PositiveInt, Text
 Scheme = Literal[
     "W2A16", "W3A16", "W4A16", "W5A16", "W6A16", "W7A16", "W8A16",
     "W2A16_ASYM", "W3A16_ASYM", "W4A16_ASYM", "W5A16_ASYM", "W6A16_ASYM", "W7A16_ASYM",
-    "W8A16_ASYM", "W8A8", "FP8_DYNAMIC", "FP8A16", "FP8_BLOCK", "NVFP4", "NVFP4A16", "MXFP4",
-    "MXFP4A16",
+    "W8A16_ASYM", "W8A8", "W4A8", "W4AFP8", "FP8_DYNAMIC", "FP8A16", "FP8_BLOCK", "NVFP4",
+    "NVFP4A16", "MXFP4", "MXFP4A16",
 ]  # fmt: skip
 
 

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -32,12 +34,17 @@ from compressor_kernels.reference import (
     unpack_zero_point,
 )
 
+if TYPE_CHECKING:
+    from compressor_kernels.w4a8 import ByteWeight
+
 Tensors = dict[str, Tensor]
 Product = Callable[[Tensor], Tensor]
 _INTEGERS = ("pack-quantized", "int-quantized")
-_EXACT = {"native-int8": "native", "w8a8": "w8a8-exact"}
+_EXACT = {"native-int8": "native", "w8a8": "w8a8-exact", "w4a8": "w4a8-exact"}
 # How inputs are rounded and weights stored where both have eight bits and a scale a row.
 _BYTES = (("int8", "int-quantized", 0), ("fp8", "float-quantized", 0))
+_NIBBLE_GROUPS = (32, 64, 128, -1)  # of int4 weights for eight-bit inputs
+_INPUTS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +132,7 @@ class LinearPlan:
     @property
     def rounds_inputs(self) -> bool:
         """Whether `apply` rounds its inputs as the format says."""
-        return self.name == "w8a8"
+        return self.name in ("w8a8", "w4a8")
 
     @property
     def exact(self) -> LinearPlan:
@@ -177,15 +184,17 @@ def choose(device: torch.device, spec: LinearSpec) -> tuple[str, str]:
     """(name in `WAYS`, why)."""
     if device.type == "cuda" and _multiplies_bytes(device, spec):
         return "w8a8", f"inputs and weights of eight bits ({spec.activations}) on a GPU"
+    if device.type == "cuda" and _multiplies_nibbles(device, spec):
+        return "w4a8", f"int4 weights and inputs of eight bits ({spec.activations}) on a GPU"
     if device.type == "cuda" and _has_gpu_kernel(spec):
         return "triton", f"{gpu.kind_of(spec.stored, spec.bits)} on a GPU: the dequant_gemm kernel"
     if spec.stored not in _INTEGERS:
         return "dense", f"no kernel for {spec.stored}: dequantized once, a dense product"
     if device.type != "cpu":
         return "planes", f"{spec.bits} bits on {device.type}: no kernel, dequantized at each call"
-    # "int-quantized" layers round their inputs: sums in another order than torch's would move some
-    # of them to the next level, so those keep torch's product and give other engines' logits
-    packed = spec.stored == "pack-quantized"
+    # where inputs are rounded, sums in another order than torch's would move some of them to the
+    # next level: those layers keep torch's product and give other engines' logits
+    packed = spec.stored == "pack-quantized" and spec.activations == "none"
     if packed and native.takes(spec.bits, spec.group_size) and native.library() is not None:
         if spec.rounds:
             return "native-int8", f"{native.reason()}: activations rounded to eight bits"
@@ -213,6 +222,13 @@ def _multiplies_bytes(device: torch.device, spec: LinearSpec) -> bool:
     """e4m3 needs tensor cores that have it; gfx942 has another e4m3."""
     is_known = (spec.activations, spec.stored, spec.block) in _BYTES
     return is_known and (spec.activations == "int8" or gpu.multiplies_e4m3(device))
+
+
+def _multiplies_nibbles(device: torch.device, spec: LinearSpec) -> bool:
+    """int4 weights whose inputs are rounded, on a GPU that the kernel's PTX is for."""
+    is_known = (spec.stored, spec.bits) == ("pack-quantized", 4) and spec.activations in _INPUTS
+    fits = is_known and spec.group_size in _NIBBLE_GROUPS and torch.version.hip is None
+    return fits and (spec.activations == "int8" or gpu.multiplies_e4m3(device))
 
 
 # ------------------------------------------------------------------ the ways
@@ -273,6 +289,31 @@ def _apply_w8a8(spec: LinearSpec, x: Tensor, resident: Tensors) -> Tensor:
 def _apply_w8a8_exact(spec: LinearSpec, x: Tensor, resident: Tensors) -> Tensor:
     dense = resident["weight"].float() * resident["scale"]
     return torch.nn.functional.linear(x, dense.to(x.dtype))
+
+
+def _prepare_w4a8(spec: LinearSpec, tensors: Tensors) -> Tensors:
+    from compressor_kernels import w4a8
+
+    parts = read_checkpoint(tensors, spec.bits, spec.group_size)
+    dtype = _INPUTS[spec.activations]
+    return w4a8.to_bytes(*parts, group_size=spec.group_size, dtype=dtype).tensors
+
+
+def _byte_weight(spec: LinearSpec, resident: Tensors) -> ByteWeight:
+    from compressor_kernels.w4a8 import ByteWeight
+
+    dtype = _INPUTS[spec.activations]
+    return ByteWeight(**resident, shape=spec.shape, group_size=spec.group_size, dtype=dtype)
+
+
+def _bind_w4a8(spec: LinearSpec, resident: Tensors) -> Product:
+    from compressor_kernels.w4a8 import w4a8
+
+    return partial(w4a8, weight=_byte_weight(spec, resident))
+
+
+def _apply_w4a8_exact(spec: LinearSpec, x: Tensor, resident: Tensors) -> Tensor:
+    return torch.nn.functional.linear(x, _byte_weight(spec, resident).dense().to(x.dtype))
 
 
 def _prepare_int4(spec: LinearSpec, tensors: Tensors) -> Tensors:
@@ -346,6 +387,8 @@ WAYS: dict[str, Way] = {
     "triton": Way(_prepare_triton, _bind_triton),
     "w8a8": Way(_prepare_w8a8, _unbound(_apply_w8a8)),
     "w8a8-exact": Way(_prepare_w8a8, _unbound(_apply_w8a8_exact)),
+    "w4a8": Way(_prepare_w4a8, _bind_w4a8),
+    "w4a8-exact": Way(_prepare_w4a8, _unbound(_apply_w4a8_exact)),
     "native": Way(_prepare_native, _bind_native),
     "native-int8": Way(_prepare_native, _bind_native_int8),
     "planes": Way(_prepare_planes, _unbound(_apply_planes)),

@@ -146,9 +146,13 @@ def from_planar(weight: PlanarWeight) -> tuple[Tensor, Tensor, Tensor | None]:
         planes.append(values.permute(0, 2, 1, 3))
     codes = torch.stack(planes, dim=3).to(torch.uint8).flatten(2).flatten(0, 1)
     codes = codes[: weight.shape[0], : weight.shape[1]].contiguous()
-    zeros = None if weight.zeros is None else _untile_groups(weight.zeros, weight)
+    zeros = (
+        None
+        if weight.zeros is None
+        else untile_groups(weight.zeros, weight.shape, weight.group_size)
+    )
     scales = weight.scales if weight.scale_kind == "float" else _from_four_bytes(weight.scales)
-    return codes, _untile_groups(scales, weight), zeros
+    return codes, untile_groups(scales, weight.shape, weight.group_size), zeros
 
 
 def planar_float(
@@ -210,10 +214,11 @@ def tile_groups(values: Tensor, shape: tuple[int, int], group_size: int, block_k
     return padded.view(rows, BLOCK_N, groups).permute(0, 2, 1).contiguous()
 
 
-def _untile_groups(values: Tensor, weight: PlanarWeight) -> Tensor:
-    groups = num_groups(weight.shape[1], weight.group_size)
+def untile_groups(values: Tensor, shape: tuple[int, int], group_size: int) -> Tensor:
+    """[N/BN, S, BN] -> [N, G], without the padding."""
+    groups = num_groups(shape[1], group_size)
     flat = values.permute(0, 2, 1).reshape(-1, values.shape[1])
-    return flat[: weight.shape[0], :groups].contiguous()
+    return flat[: shape[0], :groups].contiguous()
 
 
 def _four_bytes(scales: Tensor) -> Tensor:

@@ -28,8 +28,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from compressor_kernels.layout import tile_groups
+from compressor_kernels.layout import tile_groups, untile_groups
 from compressor_kernels.quantize_rows import quantize_rows
+from compressor_kernels.reference import dequantize
 from compressor_kernels.tuning import BLOCK_N, KernelConfig, tiles
 
 INT8_ASM = (
@@ -169,7 +170,7 @@ def scaled(
 # ------------------------------------------------------------------ host side
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ByteWeight:
     """An int4 weight [N, K] for eight-bit activations; w = scale * (q - zero), zero 8 if None.
 
@@ -178,10 +179,42 @@ class ByteWeight:
 
     words: Tensor
     scales: Tensor
-    zeros: Tensor | None
+    zeros: Tensor | None = None
     shape: tuple[int, int]
     group_size: int
     dtype: torch.dtype
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What has to be kept, by the names of the fields."""
+        found = {"words": self.words, "scales": self.scales}
+        return found if self.zeros is None else found | {"zeros": self.zeros}
+
+    def codes(self) -> Tensor:
+        """The codes uint8 [N, K] that `to_bytes` packed."""
+        words = self.words.unflatten(-1, (8, 4)).int()
+        planes = []
+        for p in range(4):
+            for i in range(4):
+                shared, odd = words[..., p // 2 * 2 + i // 2], p % 2
+                if self.dtype == torch.int8:
+                    planes.append((shared >> (8 * (i % 2) + 4 * odd)) & 15)
+                    continue
+                size = (words[..., p] >> (4 * i)) & 7
+                is_low = (shared >> (8 * (i % 2) + (3 if odd else 7))) & 1
+                planes.append(torch.where(is_low == 1, 7 - size, 8 + size))
+        apart = torch.stack(planes, -1).unflatten(-1, (4, 4))  # [N/128, K/128, 128, 8, 4, 4]
+        padded = apart.permute(0, 2, 1, 4, 3, 5).flatten(2).flatten(0, 1)
+        codes: Tensor = padded[: self.shape[0], : self.shape[1]].to(torch.uint8)
+        return codes
+
+    def dense(self) -> Tensor:
+        """The weight, float32 [N, K]."""
+        scale = untile_groups(self.scales, self.shape, self.group_size).float()
+        zero: Tensor | float = 8.0
+        if self.zeros is not None:
+            zero = untile_groups(self.zeros, self.shape, self.group_size)
+        return dequantize(self.codes(), scale, zero, self.group_size)
 
 
 def to_bytes(
@@ -209,7 +242,14 @@ def to_bytes(
     words = torch.where(words >= 1 << 15, words - (1 << 16), words).to(torch.int16)
     zeros = None if zero_point is None else tile_groups(zero_point, shape, group_size, 128)
     scales = tile_groups(scale, shape, group_size, 128)
-    return ByteWeight(words.flatten(3), scales, zeros, shape, group_size, dtype)
+    return ByteWeight(
+        words=words.flatten(3),
+        scales=scales,
+        zeros=zeros,
+        shape=shape,
+        group_size=group_size,
+        dtype=dtype,
+    )
 
 
 def w4a8(
