@@ -38,6 +38,7 @@ def test_a_target_of_parameters_drops_the_idle_block(tmp_path: Path) -> None:
     report = bench.apply(bench.original, "prune", target=target(params=0.8))
     assert report.facts["chosen"] == "keep2"
     assert report.facts["held_out_kl"] < 1e-6
+    assert report.facts["notes"][-1].startswith("keep2 of ")
     assert parameters(report.state) <= 0.8 * parameters(bench.original)
     torch.testing.assert_close(logits(report.state, TOKENS), logits(bench.original, TOKENS))
 

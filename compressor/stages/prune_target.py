@@ -133,6 +133,8 @@ class _Search:
             states[plan.name], kl = self._make(plan)
             rows.append({**plan.row, "measured_kl": kl})
         best = min(rows, key=lambda row: float(row["measured_kl"]))
+        told, kl = f"{best['shape']} of {len(plans)} shapes", best["measured_kl"]
+        self.notes.append(f"{told}: KL {kl:.4f} on held-out rows")
         alone = [row["measured_kl"] for row in rows if whole and row["shape"] == whole[0].name]
         if alone and best["measured_kl"] == alone[0]:
             self.notes.append("the whole model with smaller numbers is better: nothing is pruned")
