@@ -7,7 +7,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from compressor.errors import UnsupportedError, UsageError
 from compressor.serve import attention
 from compressor.serve.engine import LLMEngine
-from compressor.serve.kv_format import resolve
+from compressor.serve.kv_format import notes, resolve
 from compressor.serve.offline import LLM
 from compressor.serve.options import ServeOptions
 from compressor.serve.sequence import SamplingParams
@@ -127,6 +127,13 @@ def test_auto_follows_the_scheme_of_the_artifact():
     assert resolve(ServeOptions(), {}).kv_cache_dtype == "auto"
     with pytest.raises(UnsupportedError, match="4 bits of type float"):
         asked({"num_bits": 4, "type": "float"})
+
+
+def test_calibrated_scales_that_are_not_used_are_told():
+    stored = ["model.layers.0.self_attn.k_scale", "model.layers.0.self_attn.v_scale"]
+    assert notes(ServeOptions(kv_cache_dtype="fp8"), ["lm_head.weight"]) == []
+    assert "a scale of its own" in notes(ServeOptions(kv_cache_dtype="fp8"), stored)[0]
+    assert "not rounded" in notes(ServeOptions(kv_cache_dtype="bf16"), stored)[0]
 
 
 def test_heads_that_do_not_fill_words_are_refused_at_start():

@@ -5,12 +5,13 @@
     fp32, bf16, fp16          the numbers themselves; 512, 256, 256 bytes
 
 "auto" is the dtype of the model, or what the artifact's `kv_cache_scheme` asks for. Scales that an
-artifact has calibrated are not needed here: a scale of its own loses no more than a shared one.
+artifact has calibrated (`k_scale`, `v_scale`, of a layer) are not used, and a note says so: with a
+scale of its own a token loses less (figures: docs/serving.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,6 +77,17 @@ class KVFormat:
         if self.kind is None:
             return x.to(self.dtype).to(x.dtype)
         return unpack(*pack(x, self.kind), self.kind).to(x.dtype)
+
+
+def notes(options: ServeOptions, tensors: Iterable[str]) -> list[str]:
+    """What a person should know about the scales that a checkpoint with these tensors stores."""
+    if not any(name.endswith(".k_scale") for name in tensors):
+        return []
+    name = options.kv_cache_dtype
+    kept = "keys and values are not rounded"
+    if KV_CACHE_DTYPES[name] in _KINDS:
+        kept = "each token and head gets a scale of its own, which loses less"
+    return [f"calibrated scales of keys and values are not used: {kept} (kv_cache_dtype {name})"]
 
 
 def resolve(options: ServeOptions, config: Mapping[str, Any]) -> ServeOptions:

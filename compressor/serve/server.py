@@ -72,6 +72,7 @@ def open_engine(path: Path, options: ServeOptions) -> LLMEngine:
     if loaded.tokenizer is None:
         raise UnsupportedError(f"{path} has no tokenizer", code="SV33")
     options = kv_format.resolve(options, loaded.checkpoint.config)
+    notes += kv_format.notes(options, loaded.checkpoint.tensors)
     engine = LLMEngine(loaded.model, loaded.tokenizer, options)
     for note in [*notes, *loaded.notes, *engine.notes]:
         logger.info("%s", note)
