@@ -15,14 +15,17 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import compressor
 from compressor.allocator import keep_freed_memory
-from compressor.errors import GateError
+from compressor.errors import GateError, ResourceError
 from compressor.modeling.checkpoint import open_checkpoint
+from compressor.modeling.device import AUTO, choose_device
 from compressor.modeling.hub import ResolvedModel, resolve_model
 from compressor.modeling.state import ModelState
 from compressor.plan import preflight, repairing_gate
@@ -41,6 +44,7 @@ from compressor.stages import (
     distill,
     evaluate,
     pack,
+    processes,
     prune,
     quantize,
     transform,
@@ -50,6 +54,7 @@ from compressor.stages.context import StageContext, StageReport
 from compressor.stages.repair import NothingToRaise, Repair
 
 REPORT = "report.html"
+SMALLEST_BATCH = 256  # tokens at once, when a device's memory is short
 DISK_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO,
 )  # fmt: skip
@@ -78,6 +83,7 @@ class RunOptions:
         overwrite: replace an existing output (it stays until the new one is complete).
         break_lock: take over a lock of another host.
         command: the command line, for the model card.
+        device: what computes: "auto" (the accelerator, if there is one), "cpu", "cuda:1", ...
     """
 
     run_dir: Path | None = None
@@ -85,6 +91,7 @@ class RunOptions:
     overwrite: bool = False
     break_lock: bool = False
     command: str = ""
+    device: str = AUTO
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +125,8 @@ def run(recipe: Recipe, options: RunOptions) -> RunResult:
             is then complete at `<output>.rejected`).
     """
     keep_freed_memory()
+    device = choose_device(options.device)
+    processes.compute_on(device)
     output = Path(recipe.output).absolute()
     check_output(output, overwrite=options.overwrite)
     resolved = resolve_model(recipe.model.path, revision=recipe.model.revision)
@@ -132,12 +141,12 @@ def run(recipe: Recipe, options: RunOptions) -> RunResult:
     text = dump_recipe(recipe)
     with RunDir.open(
         run_path,
-        identity=_identity(recipe, original),
+        identity=_identity(recipe, original, device),
         fresh=options.fresh,
         break_lock=options.break_lock,
     ) as folder:
         write_atomic(folder.path / "recipe.yaml", text.encode())
-        frame = _Frame(recipe, original, resolved, folder)
+        frame = _Frame(recipe, original, resolved, folder, device)
         progress = Progress(original)
         try:
             for index, config in enumerate(recipe.stages):
@@ -158,6 +167,7 @@ class _Frame:
     original: ModelState
     source: ResolvedModel
     folder: RunDir
+    device: torch.device
 
 
 def _run_stage(index: int, config: Any, progress: Progress, frame: _Frame) -> None:
@@ -175,10 +185,12 @@ def _run_stage(index: int, config: Any, progress: Progress, frame: _Frame) -> No
         facts=progress.facts,
         recipe_text=artifact_recipe(frame.recipe),
         repair=progress.repair,
+        device=frame.device,
     )
-    frame.folder.log({"event": "stage started", "stage": name + suffix})
+    started = {"event": "stage started", "stage": name + suffix}
+    frame.folder.log(started | {"device": str(frame.device)})
     start = time.monotonic()
-    report = STAGES[config.kind](config, context)
+    report = _within_memory(config, context, name)
     progress.state = report.state
     progress.tokens = report.tokens or progress.tokens
     progress.outputs[index] = report.state
@@ -188,6 +200,38 @@ def _run_stage(index: int, config: Any, progress: Progress, frame: _Frame) -> No
     frame.folder.log({"event": "stage finished", "stage": name + suffix, "s": took})
     for note in report.facts.get("notes", []):
         log.warning("%s: %s", name, note)
+
+
+def _within_memory(config: Any, context: StageContext, stage: str) -> StageReport:
+    """Apply a stage; where the device's memory is short, go on with smaller micro-batches.
+
+    Raises:
+        ResourceError: it is still short (RE07), or the device failed (RE08).
+    """
+    why = "Finished units are kept."
+    while True:
+        try:
+            return STAGES[config.kind](config, context)
+        except torch.OutOfMemoryError as error:
+            half = context.tokens_per_batch // 2
+            if half < SMALLEST_BATCH:
+                raise ResourceError(
+                    f"{context.device} ran out of memory in stage {stage}",
+                    code="RE07",
+                    why=f"One block, its activations and its statistics must fit. {why}",
+                    fix="free the device of other work and run again, use shorter rows, or "
+                    "--device cpu with --fresh (numbers differ between devices)",
+                ) from error
+            log.warning("%s: out of memory on %s; %d tokens at once", stage, context.device, half)
+            context = replace(context, tokens_per_batch=half)
+        except torch.AcceleratorError as error:
+            raise ResourceError(
+                f"{context.device} failed in stage {stage}: {str(error).splitlines()[0]}",
+                code="RE08",
+                why=why,
+                fix="run the same command again: it goes on; if it fails again, use "
+                "--device cpu with --fresh",
+            ) from error
 
 
 def _merged(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
@@ -251,7 +295,7 @@ def _without_paths(stage: Any) -> Any:
     return stage.model_copy(update=changes)
 
 
-def _identity(recipe: Recipe, original: ModelState) -> dict[str, str]:
+def _identity(recipe: Recipe, original: ModelState, device: torch.device) -> dict[str, str]:
     """Everything that decides the result; a resumed run must have the same."""
     stages = dump_recipe(recipe.model_copy(update={"output": "out"}))
     threads = os.environ.get("OMP_NUM_THREADS", "")
@@ -260,6 +304,7 @@ def _identity(recipe: Recipe, original: ModelState) -> dict[str, str]:
         "model": original.checkpoint.digest,
         "version": compressor.__version__,
         "threads": threads or "default",
+        "device": device.type,
     }
 
 

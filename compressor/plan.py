@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 from pydantic import BaseModel
 
 from compressor.errors import RecipeError, ResourceError, Where
 from compressor.modeling.checkpoint import open_checkpoint
+from compressor.modeling.device import CPU
 from compressor.modeling.hub import resolve_model
 from compressor.modeling.skeleton import Skeleton, tied_names
 from compressor.modeling.state import ModelState
@@ -72,8 +74,8 @@ class Plan:
         return {name: getattr(self, name) for name in Plan.__slots__}
 
 
-def make_plan(recipe: Recipe) -> Plan:
-    """Plan a recipe; reads headers, no weights.
+def make_plan(recipe: Recipe, device: torch.device = CPU) -> Plan:
+    """Plan a recipe for a device; reads headers, no weights.
 
     Raises:
         CompressError: whatever would stop the run before it starts.
@@ -86,7 +88,7 @@ def make_plan(recipe: Recipe) -> Plan:
     )
     state = ModelState.of_checkpoint(checkpoint)
     patterns, notes = _patterns(recipe, state)
-    return Plan(_values(recipe), patterns, _costs(recipe, state), notes)
+    return Plan(_values(recipe), patterns, _costs(recipe, state, device), notes)
 
 
 def preflight(recipe: Recipe, state: ModelState, run_path: Path) -> None:
@@ -334,7 +336,7 @@ def _block_weights(skeleton: Skeleton) -> list[int]:
     return sums
 
 
-def _costs(recipe: Recipe, state: ModelState) -> list[dict[str, Any]]:
+def _costs(recipe: Recipe, state: ModelState, device: torch.device) -> list[dict[str, Any]]:
     size, exact = weight_bytes(recipe, state)
     original = sum(info.nbytes for info in state.checkpoint.tensors.values())
     return [
@@ -348,8 +350,8 @@ def _costs(recipe: Recipe, state: ModelState) -> list[dict[str, Any]]:
         {"what": "peak disk, bytes", "value": disk_bytes(recipe, state), "kind": "estimate"},
         *distill_costs(recipe, state),
         {
-            "what": "time, seconds",
-            "value": round(seconds(recipe, state), 1),
+            "what": f"time on {device}, seconds",
+            "value": round(seconds(recipe, state, device), 1),
             "kind": "estimate within 2-3 times",
         },
     ]

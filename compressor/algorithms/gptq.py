@@ -245,7 +245,7 @@ class _Columns:
         self, w: Tensor, order: Tensor, grid: Levels, mask: Tensor | None, *, dtype: torch.dtype
     ) -> None:
         self.width = group_width(w.shape[1], grid.group_size)
-        self.position: list[int] = order.tolist()  # original column of each visited one
+        self.position: list[int] = order.cpu().tolist()  # original column of each visited one
         self.weights = w.T.to(dtype).contiguous()[order]
         self.keep = None if mask is None else mask.T[order]
         self.scale = grid.scale.T.to(dtype).contiguous()  # [G, O]

@@ -103,9 +103,9 @@ class HessianAccumulator:
 class OutputAccumulator:
     """Running sum of y x~^T, of which W D is made. Memory: 4 O I bytes."""
 
-    def __init__(self, outputs: int, columns: int) -> None:
+    def __init__(self, outputs: int, columns: int, *, device: torch.device | str = "cpu") -> None:
         self.num_tokens = 0
-        self._sum = torch.zeros(outputs, columns)
+        self._sum = torch.zeros(outputs, columns, device=device)
 
     def add(self, y: Tensor, x_tilde: Tensor, mask: Tensor | None = None) -> None:
         """Count one batch: y [..., O] without bias, x_tilde [..., I], mask [...] True = real token.
@@ -114,7 +114,8 @@ class OutputAccumulator:
         """
         theirs, seen = (t.reshape(-1, t.shape[-1]).float() for t in (y, x_tilde))
         if mask is not None:
-            theirs, seen = theirs[mask.reshape(-1)], seen[mask.reshape(-1)]
+            real = mask.reshape(-1).to(seen.device)
+            theirs, seen = theirs[real], seen[real]
         require_finite(theirs, "the original outputs of a layer")
         self._sum.addmm_(theirs.T, seen)
         self.num_tokens += len(seen)

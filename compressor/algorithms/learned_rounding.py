@@ -289,7 +289,7 @@ def metric_factor(second_moment: Tensor, *, identity_share: float = IDENTITY_SHA
     require_finite(second_moment, "the gradients at a block's output")
     fisher = second_moment.double()
     mean = float(fisher.diagonal().mean())
-    identity = torch.eye(len(fisher), dtype=torch.float64)
+    identity = torch.eye(len(fisher), dtype=torch.float64, device=fisher.device)
     if mean == 0.0:
         return identity.float()
     mixed = (1 - identity_share) * (fisher + fisher.t()) / (2 * mean) + identity_share * identity

@@ -63,13 +63,13 @@ class Rotation:
 
     def _turn(self, rows: Tensor) -> Tensor:
         if self.dense is not None:
-            return rows @ self.dense
+            return rows @ self.dense.to(rows.device)
         assert self.signs is not None, "a rotation is either dense or made of Hadamard blocks"
-        signed = rows * self.signs
+        signed = rows * self.signs.to(rows.device)
         if self.mixture is None:
             return hadamard_transform(signed)
         blocks = signed.view(len(rows), len(self.mixture), -1)
-        mixed = torch.einsum("tmb,mn->tnb", blocks, self.mixture)
+        mixed = torch.einsum("tmb,mn->tnb", blocks, self.mixture.to(rows.device))
         return hadamard_transform(mixed).reshape(rows.shape)
 
 

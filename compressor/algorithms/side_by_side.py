@@ -17,17 +17,21 @@ from typing import TypeVar
 
 import torch
 
+CPU = torch.device("cpu")
 AT_ONCE = 8  # bounds the memory of what runs at once; more threads share each computation
 
 T = TypeVar("T")
 
 
-def at_once() -> int:
+def at_once(device: torch.device = CPU) -> int:
     """How many computations run at once: torch's threads, no more than cores this thread may use.
 
-    A thread that is pinned to one core (OMP_PROC_BIND, GOMP_CPU_AFFINITY) passes that on to every
-    thread it starts; all threads of torch then share the one computation.
+    On an accelerator one: each fills the device by itself. A thread that is pinned to one core
+    (OMP_PROC_BIND, GOMP_CPU_AFFINITY) passes that on to every thread it starts; all threads of
+    torch then share the one computation.
     """
+    if device.type != "cpu":
+        return 1
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     return max(1, min(torch.get_num_threads(), cores, AT_ONCE))
@@ -45,12 +49,12 @@ def shared_threads(among: int) -> Iterator[int]:
         torch.set_num_threads(threads)
 
 
-def side_by_side(work: Iterable[Callable[[], T]]) -> Iterator[T]:
+def side_by_side(work: Iterable[Callable[[], T]], *, device: torch.device = CPU) -> Iterator[T]:
     """Results in order. Pieces are taken one window ahead; whatever a piece raises is raised.
 
     The mode of gradients is that of the caller.
     """
-    count, grad = at_once(), torch.is_grad_enabled()
+    count, grad = at_once(device), torch.is_grad_enabled()
     pieces = iter(work)
     if count == 1:
         yield from (piece() for piece in pieces)

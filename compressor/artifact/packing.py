@@ -197,7 +197,8 @@ def expand_codes(codes: Codes, fmt: LayerFormat) -> Tensor:
     rows, columns = q.shape
     width = fmt.block or (columns if fmt.group_size == -1 else fmt.group_size)
     if fmt.number == "float":
-        return float_levels(fmt.bits)[q.int()] * expand_groups(scale, columns, width)
+        levels = float_levels(fmt.bits).to(q.device)[q.int()]
+        return levels * expand_groups(scale, columns, width)
     if columns % width:
         return (q.float() - expand_groups(zero, columns, width)) * expand_groups(
             scale, columns, width

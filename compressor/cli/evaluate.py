@@ -26,6 +26,7 @@ def evaluate(
     num_samples: flags.NumSamples = None,
     seq_len: flags.SeqLen = None,
     output: flags.Output = None,
+    device: flags.Device = "auto",
     as_json: flags.AsJson = False,
 ) -> None:
     """Compare an artifact with its original on the same tokens, and write a report."""
@@ -36,9 +37,11 @@ def evaluate(
     stage: dict[str, Any] = {"data": rows, "tasks": names, "task_limit": task_limit}
     config = evaluate_config(stage | {"gate": pairs(gate, "--gate")})
     with console.session(as_json=as_json):
+        from compressor.modeling.device import choose_device
         from compressor.stages.evaluate import evaluate_pair
 
-        result = evaluate_pair(base, artifact, config, output or Path(f"{artifact.name}-eval"))
+        folder = output or Path(f"{artifact.name}-eval")
+        result = evaluate_pair(base, artifact, config, folder, device=choose_device(device))
     if as_json:
         console.show_json(result)
     else:

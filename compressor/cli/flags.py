@@ -16,6 +16,7 @@ RunFolder = Annotated[Path | None, typer.Option("--run-dir", help="Where unfinis
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Forget unfinished work.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 BreakLock = Annotated[bool, typer.Option("--break-lock", help="Take another host's lock.")]
 RecipeOut = Annotated[
     Path | None, typer.Option("--recipe-out", help="Write the recipe that the flags mean and stop.")

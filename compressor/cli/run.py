@@ -28,6 +28,7 @@ class Manner:
     overwrite: bool = False
     break_lock: bool = False
     as_json: bool = False
+    device: str = "auto"
 
 
 def run(
@@ -39,6 +40,7 @@ def run(
     fresh: flags.Fresh = False,
     overwrite: flags.Overwrite = False,
     break_lock: flags.BreakLock = False,
+    device: flags.Device = "auto",
     as_json: flags.AsJson = False,
 ) -> None:
     """Run a recipe from its model to the output folder; run it again to go on after a stop."""
@@ -47,13 +49,14 @@ def run(
 
     changes = list(overrides or []) + output_override(output)
     loaded = load_recipe(find_recipe(recipe), changes)
-    execute(loaded, Manner(run_dir, dry_run, fresh, overwrite, break_lock, as_json))
+    execute(loaded, Manner(run_dir, dry_run, fresh, overwrite, break_lock, as_json, device))
 
 
 def resume(
     run_dir: Annotated[Path, typer.Argument(help="Folder of an unfinished run.")],
     overwrite: flags.Overwrite = False,
     break_lock: flags.BreakLock = False,
+    device: flags.Device = "auto",
     as_json: flags.AsJson = False,
 ) -> None:
     """Go on with an unfinished run from the recipe that its folder keeps."""
@@ -65,7 +68,9 @@ def resume(
             "this folder holds no run that could go on",
             where=Where(file=str(file)), fix="run the recipe again: compress run RECIPE",
         )  # fmt: skip
-    manner = Manner(run_dir, overwrite=overwrite, break_lock=break_lock, as_json=as_json)
+    manner = Manner(
+        run_dir, overwrite=overwrite, break_lock=break_lock, as_json=as_json, device=device
+    )
     execute(load_recipe(file), manner)
 
 
@@ -82,11 +87,13 @@ def execute(recipe: Recipe, manner: Manner) -> None:
         if manner.dry_run:
             _show_plan(recipe, manner)
             return
+        from compressor.modeling.device import choose_device
         from compressor.pipeline import RunOptions
         from compressor.pipeline import run as run_pipeline
         from compressor.stages import distill, processes
 
         if processes.is_follower():
+            processes.compute_on(choose_device(manner.device))
             processes.follow(distill.help_training)
             return
         options = RunOptions(
@@ -95,6 +102,7 @@ def execute(recipe: Recipe, manner: Manner) -> None:
             overwrite=manner.overwrite,
             break_lock=manner.break_lock,
             command=shlex.join(["compress", *sys.argv[1:]]),
+            device=manner.device,
         )
         result = run_pipeline(recipe, options)
         processes.dismiss()
@@ -112,9 +120,10 @@ def _plain(summary: dict[str, Any]) -> dict[str, Any]:
 
 def _show_plan(recipe: Recipe, manner: Manner) -> None:
     from compressor import console
+    from compressor.modeling.device import choose_device
     from compressor.plan import make_plan
 
-    plan = make_plan(recipe)
+    plan = make_plan(recipe, choose_device(manner.device))
     if manner.as_json:
         console.show_json(plan.as_json())
     else:

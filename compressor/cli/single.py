@@ -53,6 +53,7 @@ def quantize(
     dry_run: flags.DryRun = False,
     fresh: flags.Fresh = False,
     overwrite: flags.Overwrite = False,
+    device: flags.Device = "auto",
     as_json: flags.AsJson = False,
 ) -> None:
     """Store the linear layers of a model in few bits."""
@@ -63,7 +64,7 @@ def quantize(
     stage |= {"protect": protect, "ignore": ignore, "candidates": candidate}
     rows = {"source": data, "num_samples": num_samples, "seq_len": seq_len}
     recipe = _recipe("quantize", model, output, seed, [_calibrate(rows), stage])
-    manner = Manner(run_dir, dry_run, fresh, overwrite, as_json=as_json)
+    manner = Manner(run_dir, dry_run, fresh, overwrite, as_json=as_json, device=device)
     _write_or_run(recipe, recipe_out, overrides, manner)
 
 
@@ -90,6 +91,7 @@ def prune(
     dry_run: flags.DryRun = False,
     fresh: flags.Fresh = False,
     overwrite: flags.Overwrite = False,
+    device: flags.Device = "auto",
     as_json: flags.AsJson = False,
 ) -> None:
     """Take weights, channels or blocks away."""
@@ -97,7 +99,7 @@ def prune(
     stage |= {"width": pairs(width, "--width"), "depth": value(depth), "ignore": ignore}
     rows = {"source": data, "num_samples": num_samples, "seq_len": seq_len}
     recipe = _recipe("prune", model, output, seed, [_calibrate(rows), stage])
-    manner = Manner(run_dir, dry_run, fresh, overwrite, as_json=as_json)
+    manner = Manner(run_dir, dry_run, fresh, overwrite, as_json=as_json, device=device)
     _write_or_run(recipe, recipe_out, overrides, manner)
 
 
@@ -126,6 +128,7 @@ def distill(
     dry_run: flags.DryRun = False,
     fresh: flags.Fresh = False,
     overwrite: flags.Overwrite = False,
+    device: flags.Device = "auto",
     as_json: flags.AsJson = False,
 ) -> None:
     """Train a smaller student towards a teacher."""
@@ -138,7 +141,7 @@ def distill(
     stage |= {"batch_size": batch_size, "learning_rate": learning_rate}
     stage |= {"temperature": temperature, "student": _given(sizes)}
     recipe = _recipe("draft" if draft else "distill", teacher, output, seed, [stage])
-    manner = Manner(run_dir, dry_run, fresh, overwrite, as_json=as_json)
+    manner = Manner(run_dir, dry_run, fresh, overwrite, as_json=as_json, device=device)
     _write_or_run(recipe, recipe_out, overrides, manner)
 
 

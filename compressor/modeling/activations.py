@@ -1,4 +1,4 @@
-"""Activations between blocks: in memory while small, in a memory-mapped file above a limit."""
+"""Activations between blocks: in the CPU's memory while small, in a mapped file above a limit."""
 
 from __future__ import annotations
 
@@ -8,18 +8,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compressor.modeling.device import CPU
+
 
 class ActivationStore:
     """Rows of activations [N, T, D] fp32 that a block's outputs overwrite in place."""
 
-    def __init__(self, shape: tuple[int, int, int], *, file: Path, limit_bytes: int) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        *,
+        file: Path,
+        limit_bytes: int,
+        device: torch.device | None = None,
+    ) -> None:
         """Allocate.
 
         Args:
             shape: rows, tokens, width.
             file: where the memory map goes if the rows are larger than `limit_bytes`.
             limit_bytes: largest size kept in memory.
+            device: where rows that are read go (default: the CPU).
         """
+        self._device = device or CPU
         self.file: Path | None = None
         self.passed: int | None = None  # the last block these rows went through
         size = 4 * shape[0] * shape[1] * shape[2]
@@ -37,11 +48,11 @@ class ActivationStore:
 
     def read(self, rows: slice) -> Tensor:
         """A copy of some rows [B, T, D]."""
-        return torch.from_numpy(np.array(self._array[rows]))
+        return torch.from_numpy(np.array(self._array[rows])).to(self._device)
 
     def write(self, rows: slice, value: Tensor) -> None:
         """Overwrite some rows."""
-        self._array[rows] = value.numpy()
+        self._array[rows] = value.cpu().numpy()
         if self.file is not None:
             self._release()
 

@@ -41,15 +41,19 @@ class Block:
 def load_block(
     skeleton: Skeleton, position: int, source: BlockTensors, *, dtype: torch.dtype = torch.float32
 ) -> Block:
-    """Build block `position`; linears keep their stored dtype, the rest is cast to `dtype`."""
-    module = skeleton.new_block(position)
+    """Build block `position` on the skeleton's device.
+
+    Linears keep their stored dtype, the rest is cast to `dtype`.
+    """
+    module, device = skeleton.new_block(position), skeleton.device
     linears: dict[str, StoredLinear] = {}
     for name, meta in find_linears(module).items():
-        linears[name] = _stored_linear(name, source, transposed=isinstance(meta, Conv1D))
+        stored = _stored_linear(name, source, transposed=isinstance(meta, Conv1D))
+        linears[name] = stored.move(device)
         module.set_submodule(name, linears[name])
     rest = {n: source.tensors[n].to(dtype) for n in module.state_dict()}
     module.load_state_dict(rest, assign=True)
-    module.requires_grad_(False)
+    module.requires_grad_(False).to(device)
     return Block(module, linears, source.masked)
 
 
@@ -73,7 +77,7 @@ def block_tensors(block: Block, source: BlockTensors) -> BlockTensors:
             tensors.update({f"{name}.{suffix}": t for suffix, t in parts})
             formats[name] = linear.packed.format
         else:
-            tensors[f"{name}.weight"] = linear.stored
+            tensors[f"{name}.weight"] = linear.stored.cpu()
     weights = {f"{n}.weight" for n in block.linears}
     stored = tuple(f"{n}.weight_" for n in block.linears)
     rest = {

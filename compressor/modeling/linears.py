@@ -4,11 +4,16 @@ A `StoredLinear` holds its weight as it lies on disk (for example bf16) or as co
 is quantized, and makes the dense fp32 matrix only for the moment of a product. So a block in memory
 costs its stored bytes, and a quantized layer computes with exactly the numbers that were stored.
 
+The block may be on an accelerator; tensors of the file format (`packed`) stay on the CPU.
+
 Legend: O out, I in, G groups.
 """
 
 from __future__ import annotations
 
+from typing import Self
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -42,6 +47,14 @@ class StoredLinear(nn.Module):
         self.transposed = transposed
         self.packed: PackedWeight | None = None
         self._codes: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def move(self, device: torch.device) -> Self:
+        """Bring what products need to a device."""
+        self.stored = self.stored.to(device)
+        self.bias = None if self.bias is None else self.bias.to(device)
+        if self.packed is not None:
+            self.set_packed(self.packed)
+        return self
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -77,7 +90,9 @@ class StoredLinear(nn.Module):
     def set_packed(self, packed: PackedWeight) -> None:
         """Replace the weight by stored codes; from now on this layer computes with them."""
         self.packed = packed
-        self._codes = unpack_weight(packed)
+        codes, scale, zero = unpack_weight(packed)
+        device = self.stored.device
+        self._codes = (codes.to(device), scale.to(device), zero.to(device))
         self.stored = self.stored.new_empty(0)
 
     def set_codes(self, codes: Tensor, scale: Tensor, zero: Tensor, fmt: LayerFormat) -> None:
@@ -86,15 +101,16 @@ class StoredLinear(nn.Module):
         Global scales that are stored already are kept.
         """
         known = {} if self.packed is None else self.packed.global_scales
-        self.set_packed(pack_weight(codes, scale, zero, fmt, global_scales=known))
+        parts = (codes.cpu(), scale.cpu(), zero.cpu())
+        self.set_packed(pack_weight(*parts, fmt, global_scales=known))
 
     def set_rounded(self, codes: Tensor, grid: Grid | FloatGrid, fmt: LayerFormat) -> None:
         """Quantize: pack codes uint8 [O, I] on a grid of O rows, global scale included."""
         known = {}
         if isinstance(grid, FloatGrid) and grid.global_scale is not None:
-            known = {"weight_global_scale": grid.global_scale}
-        packed = pack_weight(codes, grid.scale, grid.zero_point, fmt, global_scales=known)
-        self.set_packed(packed)
+            known = {"weight_global_scale": grid.global_scale.cpu()}
+        parts = (codes.cpu(), grid.scale.cpu(), grid.zero_point.cpu())
+        self.set_packed(pack_weight(*parts, fmt, global_scales=known))
 
     def add_input_scale(self, global_scale: Tensor) -> None:
         """Store the calibrated global scale of the inputs, fp32 [1] (NVFP4)."""
@@ -111,6 +127,7 @@ class StoredLinear(nn.Module):
         """[..., I] -> [..., O] in the dtype of x; inputs are rounded as the format says."""
         if self.packed is not None and self.packed.format.activations != "none":
             known = self.packed.tensors.get("input_global_scale")
+            known = None if known is None else known.to(x.device)
             x = round_inputs(x, self.packed.format.activations, known)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.dense().to(x.dtype), bias)

@@ -22,7 +22,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from compressor.algorithms.side_by_side import at_once, shared_threads
+from compressor.algorithms.side_by_side import CPU, at_once, shared_threads
 from compressor.modeling.block import Block
 
 Forward = Callable[[], Tensor]
@@ -95,14 +95,23 @@ class PausedRun:
 class PausedRuns:
     """All micro-batches of one block; close it, or use it in a `with` block."""
 
-    def __init__(self, block: Block, heads: Sequence[str], forwards: Sequence[Forward]) -> None:
+    def __init__(
+        self,
+        block: Block,
+        heads: Sequence[str],
+        forwards: Sequence[Forward],
+        *,
+        device: torch.device = CPU,
+    ) -> None:
         """Prepare.
 
         Args:
             block: its linears `heads` make a pass wait.
             heads: in the order in which the block calls them.
             forwards: one for each micro-batch.
+            device: where they compute.
         """
+        self._count = at_once(device)
         self._handles = [block.linears[n].register_forward_pre_hook(_stop(n)) for n in heads]
         self._runs = [PausedRun(forward) for forward in forwards]
 
@@ -131,7 +140,7 @@ class PausedRuns:
 
     def _resumed(self) -> Iterator[tuple[PausedRun, tuple[str, Tensor] | None]]:
         """All passes and where they are, after each was resumed; as many at once as may be."""
-        count = at_once()
+        count = self._count
         for first in range(0, len(self._runs), count):
             window = self._runs[first : first + count]
             with shared_threads(count):

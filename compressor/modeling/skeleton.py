@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from compressor.errors import UnsupportedError
+from compressor.modeling.device import CPU
 from compressor.modeling.experts import split_experts
 
 
@@ -60,6 +61,7 @@ class Skeleton:
     def __init__(self, model: PreTrainedModel, blocks_name: str) -> None:
         self.model = model
         self.blocks_name = blocks_name
+        self.device = CPU  # where the outer part is, and blocks are to be
         self.blocks: list[nn.Module] = list(model.get_submodule(blocks_name))
         self._stubs = nn.ModuleList(_Stub(block) for block in self.blocks)
         model.set_submodule(blocks_name, self._stubs)
@@ -79,12 +81,22 @@ class Skeleton:
         tied = tied_names(self.model)
         return [n for n in self.model.state_dict() if n not in tied]
 
-    def fill_outer(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
-        """Give embedding, final norm and head their weights, cast to the compute dtype."""
+    def fill_outer(
+        self,
+        tensors: dict[str, Tensor],
+        dtype: torch.dtype,
+        *,
+        device: torch.device | None = None,
+    ) -> None:
+        """Give embedding, final norm and head their weights, cast to the compute dtype.
+
+        They, and every block loaded from now on, are on `device` (default: the CPU).
+        """
+        self.device = device or self.device
         cast = {n: t.to(dtype) for n, t in tensors.items()}
         self.model.load_state_dict(cast, strict=False, assign=True)
         self.model.tie_weights()
-        self.model.eval()
+        self.model.eval().to(self.device)
 
     def new_block(self, index: int) -> nn.Module:
         """A fresh meta copy of block `index`."""
@@ -137,7 +149,7 @@ class Skeleton:
 
         Differentiable with respect to `hidden`.
         """
-        self._set_replacement(hidden)
+        self._set_replacement(hidden.to(self.device))
         logits: Tensor = self._run(tokens, None, None)
         self._set_replacement(None)
         return logits
@@ -145,9 +157,10 @@ class Skeleton:
     def _run(
         self, tokens: Tensor, mask: Tensor | None, positions: Tensor | None, *, cache: Any = None
     ) -> Tensor:
-        more = {} if positions is None else {"position_ids": positions}
+        more = {} if positions is None else {"position_ids": positions.to(self.device)}
         more |= {} if cache is None else {"past_key_values": cache}
-        known = cache is not None
+        known, tokens = cache is not None, tokens.to(self.device)
+        mask = None if mask is None else mask.to(self.device)
         out = self.model(input_ids=tokens, attention_mask=mask, use_cache=known, **more)
         return out.logits  # type: ignore[no-any-return]
 

@@ -127,7 +127,7 @@ def norm_pairs(block: Block, hidden: Tensor, kwargs: dict[str, Any]) -> list[Smo
 def gain_offset(norm: nn.Module) -> float | None:
     """c of norm(x) = n(x) (c + weight) + bias, found by trying weights 0 and 1; None if neither."""
     weight = norm.get_parameter("weight")
-    x = torch.linspace(-1.0, 2.0, weight.shape[0])[None]
+    x = torch.linspace(-1.0, 2.0, weight.shape[0], device=weight.device)[None]
     answers = []
     for value in (0.0, 1.0):
         trial = {"weight": torch.full_like(weight, value)}
@@ -144,7 +144,7 @@ def gain_offset(norm: nn.Module) -> float | None:
 def subtracts_mean(norm: nn.Module) -> bool:
     """Whether a norm looks only at differences between channels, as LayerNorm does."""
     weight = norm.get_parameter("weight")
-    x = torch.linspace(-1.0, 2.0, weight.shape[0])[None]
+    x = torch.linspace(-1.0, 2.0, weight.shape[0], device=weight.device)[None]
     trial = {"weight": torch.ones_like(weight)}
     first, second = (torch.func.functional_call(norm, trial, (x + c,)) for c in (0.0, 1.0))
     return torch.allclose(first, second, atol=1e-3)

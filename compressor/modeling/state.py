@@ -20,6 +20,7 @@ from compressor.artifact.packing import SUFFIXES, PackedWeight, dense_weight
 from compressor.artifact.schema import read_formats
 from compressor.errors import CheckpointError, UnsupportedError, Where
 from compressor.modeling.checkpoint import Checkpoint
+from compressor.modeling.device import CPU
 from compressor.modeling.families import disk_name
 from compressor.modeling.skeleton import Skeleton, build_skeleton
 
@@ -68,9 +69,11 @@ class ModelState:
         refs = tuple(BlockRef(i) for i in range(skeleton.num_blocks))
         return ModelState(checkpoint, dict(checkpoint.config), refs)
 
-    def skeleton(self) -> Skeleton:
-        """A fresh skeleton of the present configuration, outer part filled."""
-        return build_skeleton(self.config)
+    def skeleton(self, device: torch.device = CPU) -> Skeleton:
+        """A fresh skeleton of the present configuration, whose blocks are to be on `device`."""
+        found = build_skeleton(self.config)
+        found.device = device
+        return found
 
     def with_block(self, position: int, file: Path, meta: dict[str, Any]) -> ModelState:
         """The state after block `position` was committed as a unit."""

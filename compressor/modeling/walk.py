@@ -30,6 +30,7 @@ from compressor.data import TokenRows
 from compressor.errors import NumericError, Where
 from compressor.modeling.activations import ActivationStore
 from compressor.modeling.block import Block, load_block
+from compressor.modeling.device import CPU
 from compressor.modeling.state import ModelState
 
 PAUSE_BYTES = 1 << 30
@@ -45,12 +46,14 @@ class WalkOptions:
         limit_bytes: activations larger than this live in a file.
         pause_bytes: micro-batches wait inside a block while what they hold is not larger; above
             it, the block is run again for each of its linears. The result is the same.
+        device: computes everything; activations wait in the CPU's memory.
     """
 
     workdir: Path
     tokens_per_batch: int = 2048
     limit_bytes: int = 512 << 20
     pause_bytes: int = PAUSE_BYTES
+    device: torch.device = CPU
 
 
 class Walk:
@@ -63,7 +66,8 @@ class Walk:
         self.positions = tokens.positions
         self.options = options
         self.skeleton = state.skeleton()
-        self.skeleton.fill_outer(state.read_outer(self.skeleton), torch.float32)
+        outer = state.read_outer(self.skeleton)
+        self.skeleton.fill_outer(outer, torch.float32, device=options.device)
         self.rows_per_batch = max(1, options.tokens_per_batch // self.tokens.shape[1])
         self._kwargs: dict[tuple[int, int], list[dict[str, Any]]] = {}  # by batch
         masks = 4 * self.tokens.shape[0] * self.tokens.shape[1] ** 2  # fp32, of all rows
@@ -103,11 +107,26 @@ class Walk:
             hidden, _ = self._enter(rows)
             if store is None:
                 shape = (count, length, hidden.shape[-1])
-                file = self.options.workdir / f"{name}.activations"
-                store = ActivationStore(shape, file=file, limit_bytes=self.options.limit_bytes)
+                store = self.open_store(shape, name)
             store.write(rows, hidden.float())
         assert store is not None, "token rows are never empty"
         return store
+
+    @property
+    def device(self) -> torch.device:
+        """Where blocks compute."""
+        return self.options.device
+
+    def open_store(
+        self, shape: tuple[int, int, int], name: str, *, limit_bytes: int | None = None
+    ) -> ActivationStore:
+        """Room for activations [N, T, D] of this walk, by default as many bytes as its streams."""
+        return ActivationStore(
+            shape,
+            file=self.options.workdir / f"{name}.activations",
+            limit_bytes=self.options.limit_bytes if limit_bytes is None else limit_bytes,
+            device=self.device,
+        )
 
     def kwargs(self, rows: slice, position: int) -> dict[str, Any]:
         """What transformers passes to block `position` besides the hidden states."""
@@ -137,7 +156,19 @@ class Walk:
             partial(block.run, stream.read(rows), self.kwargs(rows, position))
             for rows in self.batches()
         )
-        self.take_outputs(stream, side_by_side(passes), position)
+        self.take_outputs(stream, side_by_side(passes, device=self.device), position)
+
+    @torch.no_grad()
+    def through(self, block: Block, position: int, hidden: Tensor) -> Tensor:
+        """The first rows [R, T, D] of the walk through a block, in micro-batches.
+
+        What comes back is on the CPU: many variants of these rows may wait at once.
+        """
+        outputs = (
+            block.run(hidden[rows].to(self.device), self.kwargs(rows, position))
+            for rows in self.batches(slice(0, hidden.shape[0]))
+        )
+        return torch.cat([out.cpu() for out in outputs])
 
     def take_outputs(
         self, stream: ActivationStore, outputs: Iterable[Tensor], position: int

@@ -233,8 +233,9 @@ class WholeModel:
         self.device = torch.device(device)
         self.skeleton = state.skeleton()
         outer = state.read_outer(self.skeleton)
-        self.skeleton.fill_outer({n: t.clone() for n, t in outer.items()}, torch.float32)
-        self.skeleton.model.to(self.device).requires_grad_(False)
+        copies = {n: t.clone() for n, t in outer.items()}
+        self.skeleton.fill_outer(copies, torch.float32, device=self.device)
+        self.skeleton.model.requires_grad_(False)
         self.slots = _outer_slots(self.skeleton, outer)
         self.blocks: list[Block] = []
         for position in range(self.skeleton.num_blocks if with_blocks else 0):
@@ -272,7 +273,7 @@ class WholeModel:
         count = len(self.blocks)
         states: dict[int, Tensor] = {}
         with torch.set_grad_enabled(grad):
-            hidden, kwargs = self.skeleton.enter(tokens.to(self.device), grad=grad, cache=cache)
+            hidden, kwargs = self.skeleton.enter(tokens, grad=grad, cache=cache)
             for place, (block, known) in enumerate(zip(self.blocks, kwargs, strict=True)):
                 if recompute and grad:
                     hidden = checkpoint(block.run, hidden, known, use_reentrant=False)

@@ -31,8 +31,8 @@ def block_inputs(walk: Walk, rows: slice, name: str) -> list[ActivationStore]:
     limit = walk.options.limit_bytes // (walk.num_blocks + 1)
     stores: list[ActivationStore] = []
     for position in range(walk.num_blocks + 1):
-        file = walk.options.workdir / f"{name}-{position:04d}.activations"
-        stores.append(ActivationStore((count, length, width), file=file, limit_bytes=limit))
+        file = f"{name}-{position:04d}"
+        stores.append(walk.open_store((count, length, width), file, limit_bytes=limit))
     stores[0].write(rows, first)
     del first
     for position in range(walk.num_blocks):
@@ -48,7 +48,7 @@ def head_gradient(walk: Walk, outputs: ActivationStore, rows: slice, seed: int) 
 
     The outputs of the last block are closed: nobody needs them again.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(walk.device).manual_seed(seed)
     gradients = []
     for part in walk.batches(rows):
         leaf = outputs.read(part).requires_grad_()

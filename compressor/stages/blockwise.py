@@ -67,7 +67,9 @@ class Sweep:
             shape_of: the state whose configuration the changed blocks have, if it is a new one.
         """
         state = shape_of or self.context.state
-        skeleton = self.walk.skeleton if shape_of is None else shape_of.skeleton()
+        skeleton = self.walk.skeleton
+        if shape_of is not None:
+            skeleton = shape_of.skeleton(self.walk.device)
         facts: dict[str, Any] = {}
         for position in range(self.walk.num_blocks):
             original, meta = self._unit(position, rewrite)
@@ -120,7 +122,7 @@ def change_blocks(
         tag: prefix of unit names.
     """
     state = context.state
-    skeleton = state.skeleton()
+    skeleton = state.skeleton(context.device)
     facts: dict[str, Any] = {}
     for position in range(len(state.blocks)):
         unit = f"{tag}block-{position:04d}"

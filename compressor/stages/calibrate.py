@@ -126,7 +126,8 @@ def _statistics(
     one = slice(0, 1)
     phases = input_phases(block, stream.read(one), walk.kwargs(one, position))
     heads = [group[0] for phase in phases for group in phase]
-    sums = {n: torch.zeros(block.linears[n].shape[1], dtype=torch.float64) for n in heads}
+    widths = {n: block.linears[n].shape[1] for n in heads}
+    sums = {n: torch.zeros(w, dtype=torch.float64, device=walk.device) for n, w in widths.items()}
     counts = dict.fromkeys(heads, 0)
 
     def outputs() -> Iterator[Tensor]:
@@ -140,7 +141,7 @@ def _statistics(
             yield out
 
     walk.take_outputs(stream, outputs(), position)
-    return {n: ((sums[n] / max(counts[n], 1)).float(), counts[n]) for n in heads}
+    return {n: ((sums[n] / max(counts[n], 1)).float().cpu(), counts[n]) for n in heads}
 
 
 def _dead(tensors: dict[str, Tensor]) -> dict[str, int]:

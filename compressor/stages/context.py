@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from compressor.data import TokenRows
+from compressor.modeling.device import CPU
 from compressor.modeling.state import ModelState
 from compressor.modeling.walk import WalkOptions
 from compressor.run_dir import StageRun
@@ -30,6 +33,7 @@ class StageContext:
         facts: reports of the stages before this one, by unit of the pipeline ("1-quantize").
         recipe_text: the resolved recipe, as it goes into the artifact.
         repair: in a repair round, what failed; the quantize stage then raises some units.
+        device: computes whatever goes through blocks, that many tokens at once.
     """
 
     state: ModelState
@@ -42,10 +46,13 @@ class StageContext:
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
     recipe_text: str = ""
     repair: Repair | None = None
+    device: torch.device = CPU
+    tokens_per_batch: int = 2048
 
     def walk_options(self) -> WalkOptions:
         """Where activations go; small enough ones stay in memory."""
-        return WalkOptions(workdir=self.run.path / "activations")
+        workdir = self.run.path / "activations"
+        return WalkOptions(workdir, tokens_per_batch=self.tokens_per_batch, device=self.device)
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,7 +89,7 @@ def mend(
     if name is None:
         return {}
     linear = block.linears[name]
-    known, tested = _Sums.of(linear.shape), _Sums.of(linear.shape)
+    known, tested = (_Sums.of(linear.shape, walk.device) for _ in range(2))
     for rows in walk.batches(calibration_rows(walk)):
         out, inputs = run_observed(block, [name], seen.read(rows), walk.kwargs(rows, position))
         gap = wanted.read(rows) - out
@@ -122,8 +122,9 @@ class _Sums:
     count: int = 0
 
     @staticmethod
-    def of(shape: tuple[int, int]) -> _Sums:
-        return _Sums(torch.zeros(shape[1], shape[1]), torch.zeros(shape))
+    def of(shape: tuple[int, int], device: torch.device) -> _Sums:
+        hessian = torch.zeros(shape[1], shape[1], device=device)
+        return _Sums(hessian, torch.zeros(shape, device=device))
 
     def add(self, a: Tensor, gap: Tensor) -> None:
         self.hessian.addmm_(a.T, a)

@@ -14,6 +14,7 @@ from functools import cache
 
 import torch
 
+from compressor.modeling.device import CPU
 from compressor.modeling.state import ModelState
 from compressor.recipe import (
     Budget,
@@ -33,6 +34,7 @@ from compressor.stages.selection import block_linears, dense_bytes
 LEARNING = 12.0  # FLOP a weight a token: forwards, backwards and the rounding in between
 TRAINING = 10.0  # teacher forwards, student forwards and backwards, head twice
 WRITING = 4.0  # token by token
+SIZE, LARGE_SIZE = 768, 4096  # of the product that is timed on a CPU, and elsewhere
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +62,8 @@ def sizes_of(state: ModelState) -> Sizes:
     )
 
 
-def seconds(recipe: Recipe, state: ModelState) -> float:
-    """Estimated time of all stages of a recipe on this machine."""
+def seconds(recipe: Recipe, state: ModelState, device: torch.device = CPU) -> float:
+    """Estimated time of all stages of a recipe on a device of this machine."""
     sizes, work = sizes_of(state), 0.0
     for stage in recipe.stages:
         if isinstance(stage, CalibrateConfig):
@@ -81,13 +83,18 @@ def seconds(recipe: Recipe, state: ModelState) -> float:
             work += TRAINING * sizes.weights * stage.steps * stage.batch_size * stage.data.seq_len
         elif isinstance(stage, EvaluateConfig):
             work += 5 * sizes.weights * stage.data.num_samples * stage.data.seq_len
-    return work / flops()
+    return work / flops(device)
 
 
-def quantize_seconds(config: QuantizeConfig, state: ModelState, rows: tuple[int, int]) -> float:
+def quantize_seconds(
+    config: QuantizeConfig,
+    state: ModelState,
+    rows: tuple[int, int],
+    device: torch.device = CPU,
+) -> float:
     """Estimated time of one quantize stage with [N, T] calibration rows."""
     sizes = _with_rows(sizes_of(state), rows[0] * rows[1], rows[1])
-    return quantize_work(config, sizes) / flops()
+    return quantize_work(config, sizes) / flops(device)
 
 
 def quantize_work(config: QuantizeConfig, sizes: Sizes) -> float:
@@ -128,11 +135,13 @@ def _passes(sizes: Sizes) -> float:
 
 
 @cache
-def flops() -> float:
-    """Measured fp32 speed of this machine, FLOP/s."""
-    a = torch.randn(768, 768)
-    a @ a
+def flops(device: torch.device = CPU) -> float:
+    """Measured fp32 speed of a device, FLOP/s."""
+    size = SIZE if device.type == "cpu" else LARGE_SIZE
+    a = torch.randn(size, size).to(device)
+    float((a @ a)[0, 0])  # a number that is read has been computed
     start = time.perf_counter()
-    for _ in range(8):
+    for _ in range(7):
         a @ a
-    return 8 * 2 * 768**3 / max(time.perf_counter() - start, 1e-6)
+    float((a @ a)[0, 0])
+    return 8 * 2 * size**3 / max(time.perf_counter() - start, 1e-6)

@@ -15,6 +15,7 @@ import torch
 import compressor
 from compressor.data import TokenRows, one_document_a_row, token_rows
 from compressor.errors import CheckpointError, GateError, RecipeError, Where
+from compressor.modeling.device import CPU
 from compressor.modeling.hub import resolve_model
 from compressor.modeling.load import LoadedModel, load_model
 from compressor.recipe import DataConfig, EvaluateConfig
@@ -37,7 +38,7 @@ def apply(config: EvaluateConfig, context: StageContext) -> StageReport:
     """Measure, judge, and leave everything the report needs in the facts."""
     if not context.run.is_done("evaluation"):
         overlap, warnings = check_contamination(config.data, context)
-        facts = evaluate_models(config, context.source, context.artifact)
+        facts = evaluate_models(config, context.source, context.artifact, device=context.device)
         facts |= {"contamination": overlap, "notes": [*facts["data"]["notes"], *warnings]}
         context.run.commit_meta("evaluation", facts)
     facts = context.run.meta("evaluation")
@@ -47,7 +48,12 @@ def apply(config: EvaluateConfig, context: StageContext) -> StageReport:
 
 
 def evaluate_pair(
-    base: str, artifact: Path, config: EvaluateConfig, out_dir: Path
+    base: str,
+    artifact: Path,
+    config: EvaluateConfig,
+    out_dir: Path,
+    *,
+    device: torch.device = CPU,
 ) -> dict[str, Any]:
     """`compress eval`: compare two folders, write the report into `out_dir`, judge by the gate.
 
@@ -62,7 +68,7 @@ def evaluate_pair(
             where=config.where("gate.on_fail"),
             fix="use on_fail: repair in a recipe with a quantize stage",
         )
-    facts = evaluate_models(config, resolve_model(base).path, Path(artifact))
+    facts = evaluate_models(config, resolve_model(base).path, Path(artifact), device=device)
     out_dir.mkdir(parents=True, exist_ok=True)
     write_report(
         ReportData(
@@ -100,9 +106,12 @@ def check_gate(facts: dict[str, Any], kept_at: Path) -> None:
     )
 
 
-def evaluate_models(config: EvaluateConfig, original: Path, artifact: Path) -> dict[str, Any]:
+def evaluate_models(
+    config: EvaluateConfig, original: Path, artifact: Path, *, device: torch.device = CPU
+) -> dict[str, Any]:
     """All measurements of one pair, as plain data without times."""
-    base, model = load_model(original, packed=False), load_model(artifact, packed=True)
+    base = load_model(original, packed=False, device=str(device))
+    model = load_model(artifact, packed=True, device=str(device))
     rows = evaluation_rows(config.data, base)
     comparison = compare(base.model, model.model, rows.tokens, mask=rows.mask)
     bos = probe_bos(

@@ -67,8 +67,10 @@ class LayerHessians:
         self.block = block
         self._sums: dict[str, HessianAccumulator] = {}
         for head in heads:
-            columns = block.linears[head].shape[1]
-            self._sums[head] = HessianAccumulator(columns, with_cross=False)
+            linear = block.linears[head]
+            self._sums[head] = HessianAccumulator(
+                linear.shape[1], with_cross=False, device=linear.stored.device
+            )
 
     def add(self, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         """Count one micro-batch: the block's input [B, T, D] and keyword arguments."""

@@ -72,7 +72,7 @@ class HeldOut:
         kl: list[float] = []
         for rows in walk.batches():
             each = kl_tokens(self._walk.logits(self._final, rows), walk.logits(final, rows))
-            each = each.double() * mask[rows]
+            each = each.double().cpu() * mask[rows]
             kl += (each.sum(1) / mask[rows].sum(1).clamp(min=1)).tolist()
         final.close()
         return RowDivergence(tuple(kl), tuple(mask.sum(1).tolist()))

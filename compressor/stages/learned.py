@@ -140,8 +140,7 @@ class BlockLearner:
         """Outputs of the original block for all rows."""
         first = self.streams.reference.read(slice(0, 1))
         shape = (len(self.walk.tokens), first.shape[1], first.shape[2])
-        file = self.walk.options.workdir / "targets.activations"
-        store = ActivationStore(shape, file=file, limit_bytes=self.walk.options.limit_bytes)
+        store = self.walk.open_store(shape, "targets")
         for rows in self.walk.batches():
             hidden = self.streams.reference.read(rows)
             store.write(rows, original.run(hidden, self.walk.kwargs(rows, position)))

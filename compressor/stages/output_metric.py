@@ -27,10 +27,10 @@ def metric_factors(walk: Walk, context: StageContext) -> list[Tensor]:
     """L [D, D] of the metric at each block's output (see `algorithms.learned_rounding`)."""
     if not context.run.is_done(UNIT):
         moments = _second_moments(walk, context)
-        named = {f"{i:04d}": moment for i, moment in enumerate(moments)}
+        named = {f"{i:04d}": moment.cpu() for i, moment in enumerate(moments)}
         context.run.commit(UNIT, named, {})
     stored = load_file(context.run.file(UNIT))
-    return [metric_factor(stored[name]) for name in sorted(stored)]
+    return [metric_factor(stored[name]).to(walk.device) for name in sorted(stored)]
 
 
 def _rows(walk: Walk) -> slice:

@@ -24,7 +24,6 @@ from torch import Tensor
 from compressor.algorithms.divergence import kl_tokens
 from compressor.algorithms.structured import block_influence
 from compressor.errors import RecipeError, UnsupportedError
-from compressor.modeling.block import Block
 from compressor.modeling.skeleton import parse_config
 from compressor.modeling.state import ModelState
 from compressor.modeling.walk import Walk
@@ -207,12 +206,12 @@ def _scores(
     for place, position in enumerate(left):
         block = walk.load(position)
         variants = {
-            start: _through(walk, block, position, v) if start + span <= place else v
+            start: walk.through(block, position, v) if start + span <= place else v
             for start, v in variants.items()
         }
         if place + span <= len(left):
             variants[place] = hidden
-        hidden = _through(walk, block, position, hidden)
+        hidden = walk.through(block, position, hidden)
     return {left[i]: _divergence(walk, rows, reference, v) for i, v in variants.items()}
 
 
@@ -222,14 +221,8 @@ def _run(walk: Walk, positions: list[int], rows: slice) -> Tensor:
     hidden = stream.read(rows)
     stream.close()
     for position in positions:
-        hidden = _through(walk, walk.load(position), position, hidden)
+        hidden = walk.through(walk.load(position), position, hidden)
     return hidden
-
-
-def _through(walk: Walk, block: Block, position: int, hidden: Tensor) -> Tensor:
-    """Rows [R, T, D] through one block, in micro-batches."""
-    parts = walk.batches(slice(0, hidden.shape[0]))
-    return torch.cat([block.run(hidden[r], walk.kwargs(r, position)) for r in parts])
 
 
 def _divergence(walk: Walk, rows: slice, reference: Tensor, hidden: Tensor) -> float:
@@ -250,8 +243,8 @@ def _by_influence(
         hidden, scores = stream.read(rows), []
         stream.close()
         for position in range(walk.num_blocks):
-            out = _through(walk, walk.load(position), position, hidden)
-            scores.append(block_influence(hidden, out))
+            out = walk.through(walk.load(position), position, hidden)
+            scores.append(block_influence(hidden.cpu(), out))
             hidden = out
             event = {"unit": "influence", "index": position + 1, "total": walk.num_blocks}
             context.run.progress(event)

@@ -93,7 +93,8 @@ def _importance(sweep: Sweep, block: Block, position: int, name: str) -> Tensor:
     """Mean of router weight x output norm of each expert [E]; 0 for one that saw no token."""
     experts = block.module.get_submodule(name)
     assert isinstance(experts, SplitExperts), "found by its class"
-    sums, counts = torch.zeros(len(experts)), torch.zeros(len(experts))
+    sums = torch.zeros(len(experts), device=sweep.walk.device)
+    counts = torch.zeros_like(sums)
 
     def note(_: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> None:
         hidden, chosen, weights = args
@@ -110,7 +111,7 @@ def _importance(sweep: Sweep, block: Block, position: int, name: str) -> Tensor:
             block.run(hidden, sweep.walk.kwargs(rows, position))
     finally:
         handle.remove()
-    return sums / counts.clamp(min=1)
+    return (sums / counts.clamp(min=1)).cpu()
 
 
 def _without_others(source: BlockTensors, experts: str, kept: Tensor) -> BlockTensors:

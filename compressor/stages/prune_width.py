@@ -263,11 +263,12 @@ class _Cut:
     def _choose(self, name: str, weight: Tensor, hessian: Tensor) -> Tensor:
         energy = hessian.diagonal()
         if name == DOWN:
-            kept = select_channels(mlp_channel_importance(energy, weight), self.after.channels)
+            importance = mlp_channel_importance(energy, weight)
+            kept = select_channels(importance, self.after.channels).cpu()
             self._rows |= {GATE: kept, UP: kept}
             return kept
         scores = kv_group_importance(energy, num_kv_heads=self.before.kv_heads, o_weight=weight)
-        groups = select_channels(scores, self.after.kv_heads)
+        groups = select_channels(scores, self.after.kv_heads).cpu()
         heads, rows = self.before.head_columns(groups), self.before.kv_rows(groups)
         self._rows |= {Q: heads, K: rows, V: rows}
         return heads
@@ -277,8 +278,8 @@ class _Cut:
             return target[:, columns]
         if name not in self.source.masked:
             return repair_linear(target, columns, hessian)
-        mask = self._weight(name) != 0
-        gone = torch.ones(mask.shape[1], dtype=torch.bool)
+        mask = (self._weight(name) != 0).to(target.device)
+        gone = torch.ones_like(mask[0])
         gone[columns] = False
         mask[:, gone] = False
         return reconstruct(target, hessian, mask)[:, columns]
@@ -298,7 +299,7 @@ class _Cut:
         columns, hessian = of
         fmt = self.source.formats.get(name)
         if fmt is None:
-            cast = solved.to(self.source.tensors[f"{name}.weight"].dtype)
+            cast = solved.to(self.source.tensors[f"{name}.weight"].dtype).cpu()
             self._readers[name] = BlockTensors({f"{name}.weight": cast})
             return
         if not fits(fmt, len(columns)):

@@ -99,8 +99,8 @@ def _mixed(
 def _announce(config: QuantizeConfig, context: StageContext) -> None:
     """Say how long the stage will take."""
     rows = (0, 0) if context.tokens is None else tuple(context.tokens.tokens.shape)
-    estimate = quantize_seconds(config, context.state, rows)  # type: ignore[arg-type]
-    log.info("quantize: effort %s, about %.0f s on this machine", config.effort, estimate)
+    estimate = quantize_seconds(config, context.state, rows, context.device)  # type: ignore[arg-type]
+    log.info("quantize: effort %s, about %.0f s on %s", config.effort, estimate, context.device)
 
 
 def _numeric_notes(linears: dict[str, Any]) -> list[str]:

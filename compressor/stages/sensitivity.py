@@ -110,10 +110,10 @@ def _swap_block(walk: Walk, swap: _Swap, options: list[UnitOption], put: Change)
     for option in options:
         block = load_block(walk.skeleton, swap.position, swap.source)
         put(block, hessians, option)
-        variants.append(_run_rows(walk, block, swap.position, swap.stream.read(swap.rows)))
+        variants.append(walk.through(block, swap.position, swap.stream.read(swap.rows)))
     for position in range(swap.position + 1, walk.num_blocks):
         block = walk.load(position)
-        variants = [_run_rows(walk, block, position, v) for v in variants]
+        variants = [walk.through(block, position, v) for v in variants]
     scores: Scores = {}
     for option, hidden in zip(options, variants, strict=True):
         kl = _divergence(walk, swap, hidden)
@@ -145,7 +145,7 @@ def _hessians(walk: Walk, block: Block, swap: _Swap) -> dict[str, Tensor]:
     groups = [g for p in input_phases(block, swap.stream.read(first), kwargs) for g in p]
     heads = [g[0] for g in groups]
     sums = {
-        n: HessianAccumulator(block.linears[n].shape[1], with_cross=False, device="cpu")
+        n: HessianAccumulator(block.linears[n].shape[1], with_cross=False, device=walk.device)
         for n in heads
     }
     for rows in batches:
@@ -156,14 +156,8 @@ def _hessians(walk: Walk, block: Block, swap: _Swap) -> dict[str, Tensor]:
 
 
 def _mean(total: HessianAccumulator, columns: int) -> Tensor:
-    return total.hessian() if total.num_tokens else torch.eye(columns)
-
-
-@torch.no_grad()
-def _run_rows(walk: Walk, block: Block, position: int, hidden: Tensor) -> Tensor:
-    """Run rows [R, T, D] (the first of the walk) through a block in micro-batches."""
-    parts = walk.batches(slice(0, hidden.shape[0]))
-    return torch.cat([block.run(hidden[r], walk.kwargs(r, position)) for r in parts])
+    found = total.hessian()
+    return found if total.num_tokens else torch.eye(columns, device=found.device)
 
 
 @torch.no_grad()

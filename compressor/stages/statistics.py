@@ -135,12 +135,17 @@ class _Watched:
 class _GroupSums:
     """H of a group, and D or W D for its correction, batch by batch."""
 
-    def __init__(self, pair: _Pair, group: list[str], watched: _Watched) -> None:
+    def __init__(
+        self, pair: _Pair, group: list[str], watched: _Watched, *, device: torch.device
+    ) -> None:
         self.watched, self._original = watched, pair.original
         self._columns = pair.block.linears[group[0]].shape[1]
         heights = {n: pair.block.linears[n].shape[0] for n in watched.outputs}
-        self.total = HessianAccumulator(self._columns, with_cross=bool(watched.inputs))
-        self._products = {n: OutputAccumulator(h, self._columns) for n, h in heights.items()}
+        cross = bool(watched.inputs)
+        self.total = HessianAccumulator(self._columns, with_cross=cross, device=device)
+        self._products = {
+            n: OutputAccumulator(h, self._columns, device=device) for n, h in heights.items()
+        }
 
     def add(self, x: Tensor, there: Mapping[str, Tensor], mask: Tensor | None) -> None:
         """Count inputs [t, I] and what was watched [t, I or O]; mask [t] True = real token."""
@@ -217,9 +222,9 @@ class BlockStatistics:
         watched = {group[0]: self._watched(pair, group) for group in groups}
         there = self._reference(pair, _Watched.together(watched.values()))
         forwards = [self._forward(pair, rows) for rows in self.walk.batches()]
-        with PausedRuns(pair.block, heads, forwards) as runs:
+        with PausedRuns(pair.block, heads, forwards, device=self.walk.device) as runs:
             for group in groups:
-                sums = _GroupSums(pair, group, watched[group[0]])
+                sums = self._sums(pair, group, watched[group[0]])
                 seen = {name: there.pop(name) for name in sums.watched.names}
                 here = runs.inputs(group[0])
                 for index, (rows, x) in enumerate(zip(self.walk.batches(), here, strict=True)):
@@ -230,6 +235,9 @@ class BlockStatistics:
             if self.collection.final:
                 finished = runs.outputs()
                 self.walk.take_outputs(self.streams.compressed, finished, pair.position)
+
+    def _sums(self, pair: _Pair, group: list[str], watched: _Watched) -> _GroupSums:
+        return _GroupSums(pair, group, watched, device=self.walk.device)
 
     def _forward(self, pair: _Pair, rows: slice) -> Callable[[], Tensor]:
         kwargs = self.walk.kwargs(rows, pair.position)
@@ -250,7 +258,8 @@ class BlockStatistics:
                 partial(observed.run, stream.read(rows), self.walk.kwargs(rows, position))
                 for rows in self.walk.batches()
             )
-            for rows, (out, seen) in zip(self.walk.batches(), side_by_side(passes), strict=True):
+            done = side_by_side(passes, device=self.walk.device)
+            for rows, (out, seen) in zip(self.walk.batches(), done, strict=True):
                 for name, x in seen.items() if rows.start < self.rows.stop else ():
                     found[name].append(x)
                 yield out
@@ -303,7 +312,7 @@ class BlockStatistics:
         expert = EXPERT.match(phase[0][0]) is not None
         nothing = _Watched((), ())
         sums = {
-            g[0]: _GroupSums(pair, g, nothing if expert else self._watched(pair, g)) for g in phase
+            g[0]: self._sums(pair, g, nothing if expert else self._watched(pair, g)) for g in phase
         }
         watched = _Watched.together(s.watched for s in sums.values())
         for rows in self.walk.batches(self.rows):
@@ -355,7 +364,9 @@ def _flat(x: Tensor) -> Tensor:
 def _statistics(total: HessianAccumulator, columns: int) -> GroupStatistics:
     """Means of the sums; a group that saw no token is rounded as if all inputs were alike."""
     if total.num_tokens == 0:
-        return GroupStatistics(torch.eye(columns), None, 0, NONE)
+        hessian, _ = total.finish()
+        hessian.diagonal().fill_(1.0)
+        return GroupStatistics(hessian, None, 0, NONE)
     num_tokens = total.num_tokens
     hessian, drift = total.finish()
     if drift is not None and correction_strength(num_tokens, columns)[0] == 0.0:

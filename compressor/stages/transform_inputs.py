@@ -45,9 +45,10 @@ class InputSize:
 class _Accumulator:
     """Running sums of an `InputSize`."""
 
-    def __init__(self, columns: int) -> None:
-        self.second = HessianAccumulator(columns, with_cross=False)
-        self.absolute_sum, self.absolute_max = torch.zeros(columns), torch.zeros(columns)
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.second = HessianAccumulator(columns, with_cross=False, device=device)
+        self.absolute_sum = torch.zeros(columns, device=device)
+        self.absolute_max = torch.zeros_like(self.absolute_sum)
 
     def add(self, x: Tensor, mask: Tensor | None) -> None:
         rows = x.reshape(-1, x.shape[-1]).float()
@@ -77,7 +78,7 @@ def collect(
     for phase in phases:
         groups = [[n for n in g if n in wanted] for g in phase]
         groups = [g for g in groups if g]
-        sums = {g[0]: _Accumulator(block.linears[g[0]].shape[1]) for g in groups}
+        sums = {g[0]: _Accumulator(block.linears[g[0]].shape[1], walk.device) for g in groups}
         for part in walk.batches(inputs.rows) if sums else ():
             seen = inputs_of(block, [*sums], inputs.stream.read(part), walk.kwargs(part, position))
             mask = None if walk.mask is None else walk.mask[part].flatten()

@@ -37,7 +37,10 @@ Turn = Callable[[Tensor], Tensor]
 
 @dataclass(slots=True)
 class BlockWeights:
-    """An fp32 copy of a dense block's tensors; matrices are [O, I] however they lie on disk."""
+    """An fp32 copy of a dense block's tensors, where the block computes.
+
+    Matrices are [O, I] however they lie on disk.
+    """
 
     tensors: dict[str, Tensor]
     transposed: frozenset[str]
@@ -46,7 +49,8 @@ class BlockWeights:
     def of(source: BlockTensors, block: Block) -> BlockWeights:
         """Copy the tensors that were read for `block`."""
         transposed = frozenset(n for n, linear in block.linears.items() if linear.transposed)
-        copies = {n: t.to(torch.float32, copy=True) for n, t in source.tensors.items()}
+        device = next(linear.stored.device for linear in block.linears.values())
+        copies = {n: t.to(device, torch.float32, copy=True) for n, t in source.tensors.items()}
         return BlockWeights(copies, transposed)
 
     def matrix(self, name: str) -> Tensor:
@@ -69,8 +73,8 @@ class BlockWeights:
 
 
 def stored_as(value: Tensor, like: Tensor, name: str) -> Tensor:
-    """`value` in the dtype of `like`, checked to be finite."""
-    out = value.to(like.dtype).contiguous()
+    """`value` in the dtype of `like`, checked to be finite, on the CPU."""
+    out = value.to(like.dtype).contiguous().cpu()
     if not bool(torch.isfinite(out).all()):
         raise NumericError(
             f"a transformed weight does not fit into {like.dtype}",

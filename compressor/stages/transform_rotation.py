@@ -61,7 +61,7 @@ def rotate_model(config: TransformConfig, context: StageContext) -> StageReport:
         NumericError: rotated weights do not fit into their dtype (NU05).
     """
     _check_whole(config, context.state)
-    rotator, skeleton = Rotator(config, context), context.state.skeleton()
+    rotator, skeleton = Rotator(config, context), context.state.skeleton(context.device)
     if not context.run.is_done(OUTER):
         context.run.commit(OUTER, *rotator.outer())
     state = rotator.untied(context.run.file(OUTER))

@@ -257,7 +257,8 @@ def _random_difference(
     for pair in pairs:
         columns = question.block.linears[_linear(question.block, pair)].shape[1]
         channels = len(pair.gather(torch.ones(columns)))
-        apply_scales(weights, pair, torch.exp2(2 * torch.rand(channels, generator=generator) - 1))
+        scales = torch.exp2(2 * torch.rand(channels, generator=generator) - 1)
+        apply_scales(weights, pair, scales.to(question.hidden.device))
     return question.difference(weights)
 
 
