@@ -53,6 +53,13 @@ CASES: dict[str, tuple[str, list[dict[str, Any]]]] = {
 }
 
 
+def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Codes to the bit; trained weights as far as gradients summed in another order allow."""
+    if first.is_floating_point():
+        return torch.allclose(first.float(), second.float(), rtol=1e-3, atol=1e-4)
+    return torch.equal(first, second)
+
+
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     return {k: v for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()}
 
@@ -77,7 +84,7 @@ def test_another_device_gives_the_same_artifact(
         got = execute(here)
     first, second = _tensors(want.output), _tensors(got.output)
     assert first.keys() == second.keys()
-    assert [n for n in first if not torch.equal(first[n], second[n])] == []
+    assert [n for n in first if not _same(first[n], second[n])] == []
     assert got.summary["kl_mean"] == pytest.approx(want.summary["kl_mean"], rel=1e-4)
 
 
