@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from torch.distributed import DistError
 
@@ -30,21 +30,20 @@ from compressor.errors import CompressError, ResourceError
 from compressor.modeling.state import ModelState
 
 WAIT = timedelta(days=30)  # a run may calibrate for long before it trains
-ON_CPU = "ACCELERATE_USE_CPU"
+_kind = {"cpu": False}  # whether this process was told to leave accelerators alone
 
 
 def compute_on(device: torch.device) -> None:
     """Train on this device; of several processes each has the accelerator of its number."""
-    if device.type == "cpu":
-        os.environ[ON_CPU] = "true"
-    elif int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    _kind["cpu"] = device.type == "cpu"
+    if device.type != "cpu" and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         torch.accelerator.set_device_index(device)
 
 
 def join() -> Accelerator:
     """Meet the other processes (if any); call this early in each of them."""
     return Accelerator(
-        cpu=not torch.accelerator.is_available() or parse_flag_from_env(ON_CPU),
+        cpu=not torch.accelerator.is_available() or _kind["cpu"],
         kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
     )
 
