@@ -31,6 +31,7 @@ MASK_METHODS: dict[str, Stage] = {
     "RIA, repaired": {"method": "ria"},
     "SparseGPT, repaired": {"method": "sparsegpt"},
     "repaired": {"method": "alps"},
+    "repaired, zeros shared out": {"method": "alps", "allocation": "measured"},
 }
 PEERS = {"llm-compressor Wanda": "llmc-wanda", "llm-compressor SparseGPT": "llmc-sparsegpt"}
 COMPARED = ("repaired", "llm-compressor SparseGPT")
@@ -78,7 +79,7 @@ def cells(shapes: list[str], seeds: int) -> list[Cell]:
     """All cells, what the goals need first; several seeds only for the pair that is compared."""
     quick: list[Cell] = []
     for shape in shapes:
-        for method in [*MASK_METHODS, *PEERS] if shape in MASKS else ["pruned", "repaired"]:
+        for method in [*_masks(shape), *PEERS] if shape in MASKS else ["pruned", "repaired"]:
             count = seeds if shape in MASKS and method in COMPARED else 1
             quick += [Cell(shape, method, seed) for seed in range(count)]
     trained = [Cell(shape, DISTILLED) for shape in shapes]
@@ -86,6 +87,12 @@ def cells(shapes: list[str], seeds: int) -> list[Cell]:
     trained += [Cell(shape, SCRATCH_DISTILLED) for shape in shapes if shape == HALF]
     found = sorted(quick + trained, key=lambda c: (c.seed, c.method not in COMPARED))
     return sorted(found, key=lambda c: c.shape != HALF and c.method not in COMPARED)
+
+
+def _masks(shape: str) -> list[str]:
+    """Our methods; a pattern has the same zeros everywhere, so none can be shared out."""
+    shared = "pattern" not in MASKS[shape]
+    return [m for m, keys in MASK_METHODS.items() if shared or "allocation" not in keys]
 
 
 def prune_stage(cell: Cell, config: dict[str, Any]) -> Stage:
