@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from compressor.algorithms.gptq import cholesky_factor, times_inverse
+from compressor.algorithms.hessian import HessianAccumulator
 from compressor.algorithms.structured import mlp_channel_importance, select_channels
 from compressor.errors import RecipeError, UnsupportedError
 from compressor.modeling.activations import ActivationStore
@@ -207,8 +208,9 @@ def _resolve(
     groups = [group for phase in input_phases(block, hidden, kwargs) for group in phase]
     for group in (g for g in groups if DOWN not in g):
         head = group[0]
-        hessian: Tensor | float = 0.0
-        cross: Tensor | float = 0.0
+        columns = block.linears[head].shape[1]
+        total = HessianAccumulator(columns, with_cross=False, device=narrow.device)
+        cross = torch.zeros(original.linears[head].shape[1], columns, device=narrow.device)
         for rows in narrow.batches(calibration_rows(narrow)):
             there = inputs_of(
                 original, [head], streams.whole.read(rows), whole.kwargs(rows, position)
@@ -218,11 +220,10 @@ def _resolve(
             )
             x = whole.real_tokens(rows, there[head]).float()
             seen = narrow.real_tokens(rows, here[head]).float()
-            hessian, cross = hessian + seen.T @ seen, cross + x.T @ seen
-        assert isinstance(hessian, Tensor), "there is at least one row"
-        assert isinstance(cross, Tensor), "the same"
-        root, _ = cholesky_factor(hessian, dampening=RIDGE)
-        carried = times_inverse(cross, root)
+            total.add(seen)
+            cross.addmm_(x.T, seen)
+        root, _ = cholesky_factor(total.hessian(), dampening=RIDGE)
+        carried = times_inverse(cross / total.num_tokens, root)
         for name in group:
             weight = original.linears[name].dense()
             rows_left = weight[streams.kept] if name in WRITERS else weight
