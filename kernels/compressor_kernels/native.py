@@ -180,15 +180,19 @@ def _declare(found: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def _is_right(found: ctypes.CDLL) -> bool:
-    """Whether this build computes a small 4-bit product as the reference does."""
+    """Whether this build computes small 4-bit products as the reference does."""
     codes = (torch.arange(40 * 96) * 7 // 3 % 16).view(40, 96).to(torch.uint8)
     scale = torch.linspace(0.01, 0.02, 40 * 3).view(40, 3)
     x = torch.linspace(-1, 1, 9 * 96).view(9, 96)
     weight = Weight(4, 32, (40, 96))
     resident = _lay_out(found, weight, pack_codes(codes, 4), scale)
     exact = x @ dequantize(codes, scale, 8.0, 32).t()
-    near = [Product(weight, resident, rounds=r, found=found)(x) for r in (False, True)]
-    return all((y - exact).norm() < 0.01 * exact.norm() for y in near)
+    for rounds in (False, True):
+        product = Product(weight, resident, rounds=rounds, found=found)
+        for rows in (1, 9):  # one row has a way of its own
+            if not (product(x[:rows]) - exact[:rows]).norm() < 0.01 * exact[:rows].norm():
+                return False
+    return True
 
 
 # ------------------------------------------------------------------ linears
