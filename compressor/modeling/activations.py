@@ -20,7 +20,7 @@ class ActivationStore:
         *,
         file: Path,
         limit_bytes: int,
-        device: torch.device | None = None,
+        device: torch.device = CPU,
     ) -> None:
         """Allocate.
 
@@ -28,9 +28,9 @@ class ActivationStore:
             shape: rows, tokens, width.
             file: where the memory map goes if the rows are larger than `limit_bytes`.
             limit_bytes: largest size kept in memory.
-            device: where rows that are read go (default: the CPU).
+            device: where rows that are read go.
         """
-        self._device = device or CPU
+        self._device = device
         self.file: Path | None = None
         self.passed: int | None = None  # the last block these rows went through
         size = 4 * shape[0] * shape[1] * shape[2]

@@ -48,8 +48,8 @@ def load_block(
     module, device = skeleton.new_block(position), skeleton.device
     linears: dict[str, StoredLinear] = {}
     for name, meta in find_linears(module).items():
-        stored = _stored_linear(name, source, transposed=isinstance(meta, Conv1D))
-        linears[name] = stored.move(device)
+        transposed = isinstance(meta, Conv1D)
+        linears[name] = _stored_linear(name, source, transposed=transposed, device=device)
         module.set_submodule(name, linears[name])
     rest = {n: source.tensors[n].to(dtype) for n in module.state_dict()}
     module.load_state_dict(rest, assign=True)
@@ -57,12 +57,16 @@ def load_block(
     return Block(module, linears, source.masked)
 
 
-def _stored_linear(name: str, source: BlockTensors, *, transposed: bool) -> StoredLinear:
+def _stored_linear(
+    name: str, source: BlockTensors, *, transposed: bool, device: torch.device
+) -> StoredLinear:
     bias = source.tensors.get(f"{name}.bias")
+    bias = None if bias is None else bias.to(device)
     fmt = source.formats.get(name)
     if fmt is None:
-        return StoredLinear(source.tensors[f"{name}.weight"], bias, transposed=transposed)
-    linear = StoredLinear(torch.empty(0), bias)
+        weight = source.tensors[f"{name}.weight"].to(device)
+        return StoredLinear(weight, bias, transposed=transposed)
+    linear = StoredLinear(torch.empty(0, device=device), bias)
     linear.set_packed(packed_from_tensors(source.tensors, name, fmt))
     return linear
 

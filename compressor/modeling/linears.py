@@ -11,9 +11,6 @@ Legend: O out, I in, G groups.
 
 from __future__ import annotations
 
-from typing import Self
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -47,14 +44,6 @@ class StoredLinear(nn.Module):
         self.transposed = transposed
         self.packed: PackedWeight | None = None
         self._codes: tuple[Tensor, Tensor, Tensor] | None = None
-
-    def move(self, device: torch.device) -> Self:
-        """Bring what products need to a device."""
-        self.stored = self.stored.to(device)
-        self.bias = None if self.bias is None else self.bias.to(device)
-        if self.packed is not None:
-            self.set_packed(self.packed)
-        return self
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -81,18 +81,8 @@ class Skeleton:
         tied = tied_names(self.model)
         return [n for n in self.model.state_dict() if n not in tied]
 
-    def fill_outer(
-        self,
-        tensors: dict[str, Tensor],
-        dtype: torch.dtype,
-        *,
-        device: torch.device | None = None,
-    ) -> None:
-        """Give embedding, final norm and head their weights, cast to the compute dtype.
-
-        They, and every block loaded from now on, are on `device` (default: the CPU).
-        """
-        self.device = device or self.device
+    def fill_outer(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+        """Give embedding, final norm and head their weights, cast to the compute dtype."""
         cast = {n: t.to(dtype) for n, t in tensors.items()}
         self.model.load_state_dict(cast, strict=False, assign=True)
         self.model.tie_weights()

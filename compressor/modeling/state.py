@@ -70,7 +70,7 @@ class ModelState:
         return ModelState(checkpoint, dict(checkpoint.config), refs)
 
     def skeleton(self, device: torch.device = CPU) -> Skeleton:
-        """A fresh skeleton of the present configuration, whose blocks are to be on `device`."""
+        """A fresh skeleton of the present configuration; what it is filled with is on `device`."""
         found = build_skeleton(self.config)
         found.device = device
         return found

@@ -65,9 +65,8 @@ class Walk:
         self.mask = None if bool(tokens.mask.all()) else tokens.mask
         self.positions = tokens.positions
         self.options = options
-        self.skeleton = state.skeleton()
-        outer = state.read_outer(self.skeleton)
-        self.skeleton.fill_outer(outer, torch.float32, device=options.device)
+        self.skeleton = state.skeleton(options.device)
+        self.skeleton.fill_outer(state.read_outer(self.skeleton), torch.float32)
         self.rows_per_batch = max(1, options.tokens_per_batch // self.tokens.shape[1])
         self._kwargs: dict[tuple[int, int], list[dict[str, Any]]] = {}  # by batch
         masks = 4 * self.tokens.shape[0] * self.tokens.shape[1] ** 2  # fp32, of all rows

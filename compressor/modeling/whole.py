@@ -231,10 +231,9 @@ class WholeModel:
         linear with an adapter keeps its weight.
         """
         self.device = torch.device(device)
-        self.skeleton = state.skeleton()
+        self.skeleton = state.skeleton(self.device)
         outer = state.read_outer(self.skeleton)
-        copies = {n: t.clone() for n, t in outer.items()}
-        self.skeleton.fill_outer(copies, torch.float32, device=self.device)
+        self.skeleton.fill_outer({n: t.clone() for n, t in outer.items()}, torch.float32)
         self.skeleton.model.requires_grad_(False)
         self.slots = _outer_slots(self.skeleton, outer)
         self.blocks: list[Block] = []
