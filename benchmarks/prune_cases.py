@@ -35,6 +35,7 @@ MASK_METHODS: dict[str, Stage] = {
 }
 PEERS = {"llm-compressor Wanda": "llmc-wanda", "llm-compressor SparseGPT": "llmc-sparsegpt"}
 COMPARED = ("repaired", "llm-compressor SparseGPT")
+SEEDED = (*COMPARED, "repaired, zeros shared out")
 HALF = "50 % depth"
 DISTILLED = "distilled"
 SCRATCH, SCRATCH_DISTILLED = "from scratch, next-token loss", "from scratch, distilled"
@@ -76,11 +77,11 @@ class Training:
 
 
 def cells(shapes: list[str], seeds: int) -> list[Cell]:
-    """All cells, what the goals need first; several seeds only for the pair that is compared."""
+    """All cells, what the goals need first; several seeds only for those that are compared."""
     quick: list[Cell] = []
     for shape in shapes:
         for method in [*_masks(shape), *PEERS] if shape in MASKS else ["pruned", "repaired"]:
-            count = seeds if shape in MASKS and method in COMPARED else 1
+            count = seeds if shape in MASKS and method in SEEDED else 1
             quick += [Cell(shape, method, seed) for seed in range(count)]
     trained = [Cell(shape, DISTILLED) for shape in shapes]
     trained += [Cell(shape, SCRATCH) for shape in shapes if shape not in MASKS]
