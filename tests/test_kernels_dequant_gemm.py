@@ -12,7 +12,7 @@ import torch
 import triton
 
 import compressor_kernels
-from compressor_kernels.layout import planar_float, to_planar
+from compressor_kernels.layout import MOST_E8M0, planar_float, to_planar
 from compressor_kernels.reference import dequant_gemm as reference_gemm
 from compressor_kernels.reference import dequantize, dequantize_stored, num_groups, pack_nibbles
 from compressor_kernels.tuning import GemmSpec, choose_config, heuristic, m_bucket, table_key
@@ -67,7 +67,13 @@ def float_cases():
     ]
 
 
-CASES = integer_cases() + float_cases()
+def many_groups():
+    """More groups than are corrected at once, in the first split and in all; with zero points."""
+    known = {"shape": (3, 40, 1100), "kind": "int4", "group": 32, "symmetric": False}
+    return [{**known, "form": "raw", "split": n, "dtype": "bfloat16"} for n in (1, 2)]
+
+
+CASES = integer_cases() + float_cases() + many_groups()
 
 PROGRAM = """
 import json, sys
@@ -138,6 +144,7 @@ def everything(device, cases):
         "epilogue": epilogue_error(device),
         "dense": dense_error(device),
         "sums": given_sums_error(device),
+        "far": max(far_scales_error(device, power) for power in (70, MOST_E8M0)),
     }
     return {"cases": [relative_error(device, **case) for case in cases], **others}
 
@@ -181,6 +188,23 @@ def dense_error(device):
         made = dequantize_planar(moved(weight, device), torch.float32).cpu().double()
         errors.append(float((made - dense).norm() / dense.norm()))
     return max(errors)
+
+
+def far_scales_error(device, power):
+    """MXFP4 whose scales are all 2^(power - 127), each weight scaled in 16 bits."""
+    from compressor_kernels.dequant_gemm import dequant_gemm
+    from compressor_kernels.tuning import KernelConfig
+
+    codes, x = torch.randint(0, 16, (128, 128)).to(torch.uint8), torch.randn(3, 128).bfloat16()
+    tensors = {"weight_packed": pack_nibbles(codes)}
+    tensors["weight_scale"] = torch.full((128, 4), power, dtype=torch.uint8)
+    stored = {"stored": "mxfp4-pack-quantized", "group_size": 32}
+    weight = moved(planar_float(tensors, **stored), device)
+    y = dequant_gemm(
+        x.to(device), weight, config=KernelConfig(16, 1, 4, 2, "element"), out_dtype=torch.float32
+    )
+    exact = x.double() @ dequantize_stored(tensors, **stored).double().t()
+    return float((y.cpu().double() - exact).norm() / exact.norm())
 
 
 def given_sums_error(device):
@@ -255,6 +279,17 @@ def test_sums_that_a_kernel_before_made_are_used(interpreted_errors):
     assert interpreted_errors["sums"] < TOLERANCE["raw"]
 
 
+def test_powers_of_two_far_from_one_lose_nothing(interpreted_errors):
+    assert interpreted_errors["far"] < TOLERANCE["element"]
+
+
+def test_scales_beyond_the_range_of_the_kernels_are_refused():
+    codes = pack_nibbles(torch.zeros(128, 128, dtype=torch.uint8))
+    tensors = {"weight_packed": codes, "weight_scale": torch.full((128, 4), 193).to(torch.uint8)}
+    with pytest.raises(ValueError, match="above 2\\^65"):
+        planar_float(tensors, stored="mxfp4-pack-quantized", group_size=32)
+
+
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("case", CASES, ids=lambda case: str(list(case.values())))
@@ -306,7 +341,9 @@ def test_few_rows_take_two_warps_where_four_would_issue_more():
 
     assert [warps("sm_90", rows) for rows in (1, 16, 17)] == [2, 2, 4]
     assert [warps("sm_90", rows, "int3") for rows in (8, 9)] == [2, 4]  # more would spill
-    assert [warps("sm_100", 1, group=group) for group in (128, -1)] == [2, 4]
+    assert [warps("sm_90", rows, "e2m1", 32) for rows in (32, 33)] == [2, 4]
+    assert [warps("sm_100", rows) for rows in (32, 33)] == [2, 4]
+    assert [warps("sm_100", 1, kind, -1) for kind in ("int4", "int8")] == [2, 4]
     assert warps("sm_80", 1) == 4
 
 
@@ -316,6 +353,17 @@ def test_the_rule_scales_once_a_group_where_registers_allow_it():
     assert heuristic("sm_90", spec("e2m1", 16), 1).form == "element"
     assert heuristic("sm_90", spec(), 4096).form == "dense"
     assert heuristic("gfx942", spec(), 1).form == "raw"
+
+
+def test_the_rule_pays_for_sums_of_x_only_where_centring_every_weight_would_not_fit():
+    def forms(arch, kind="int4", group=128):
+        return [heuristic(arch, spec(kind, group), rows).form for rows in (8, 16, 32, 64)]
+
+    assert forms("sm_100") == ["group", "raw", "raw", "element"]
+    assert forms("sm_100", "int8", 128)[:2] == ["group", "group"]
+    assert forms("sm_100", "int2", 128)[0] == "raw"
+    assert forms("sm_90", "int2") == ["group", "group", "raw", "element"]
+    assert forms("sm_90") == ["group"] * 4
 
 
 def test_the_table_has_a_bucket_for_every_number_of_rows():

@@ -7,7 +7,8 @@ byte. An H200 processor receives 16.5-18.6 bytes a clock, so an int4 tile of 128
 takes 440-500 clocks, and with four warps on four schedulers the instructions of one warp a tile
 must stay below that. This module compiles a configuration, disassembles it, finds the loop that
 holds the matrix instructions and counts: the one speed test that needs no GPU. `ISSUE_LIMIT` is the
-budget for 8 KiB of weights; `budget.py` holds the formats and tiers it is applied to.
+budget for 8 KiB of weights; `budget.py` holds the formats and tiers it is applied to. Many rows
+keep the tensor cores busy for longer than the bytes take to arrive: then that time is the limit.
 
 Run it in a process of its own: a wrong inline-assembly constraint aborts the compiler.
 """
@@ -39,6 +40,15 @@ ISSUE_LIMIT = {
     "sm_120": 2065,
     "gfx942": 246,
     "gfx950": 157,
+}
+# 16-bit multiply-adds a processor's tensor cores do in a clock, without sparsity.
+MATRIX_RATE = {
+    "sm_80": 1024,
+    "sm_90": 2048,
+    "sm_100": 4096,
+    "sm_120": 512,
+    "gfx942": 1024,
+    "gfx950": 2048,
 }
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -83,13 +93,16 @@ class CompiledKernel:
     code: CodeFacts
     issue_slots: int
     issue_limit: int
+    limited_by: str
 
     def row(self) -> dict[str, Any]:
         """The facts without the binary. Slots are those a scheduler issues per turn of the loop,
-        the limit what fits into the time its weights take to arrive (0: not bound by weights)."""
+        the limit what fits into the time its weights take to arrive (0: not bound by weights), or
+        its products take on the tensor cores; `limited_by` is "bytes" or "products"."""
         numbers = {"issue_slots": self.issue_slots, "issue_limit": self.issue_limit}
         sizes = {"binary_bytes": len(self.binary), "shared_bytes": self.shared_bytes}
-        return asdict(self.job) | asdict(self.code) | numbers | sizes
+        limit = {"limited_by": self.limited_by}
+        return asdict(self.job) | asdict(self.code) | numbers | limit | sizes
 
 
 def compile_job(job: Job) -> CompiledKernel:
@@ -101,14 +114,24 @@ def compile_job(job: Job) -> CompiledKernel:
     is_amd = job.arch.startswith("gfx")
     binary = made.asm["hsaco" if is_amd else "cubin"]
     code = read_amdgcn(made.asm["amdgcn"]) if is_amd else read_sass(binary)
+    limit, reason = max(_limits(job.arch, source))
     return CompiledKernel(
         job=job,
         binary=binary,
         shared_bytes=made.metadata.shared,
         code=code,
         issue_slots=code.loop_instructions * source.num_warps // 4,
-        issue_limit=ISSUE_LIMIT.get(job.arch, 0) * source.step_bytes // 8192,
+        issue_limit=limit,
+        limited_by=reason,
     )
+
+
+def _limits(arch: str, source: Source) -> list[tuple[int, str]]:
+    """Slots in the time of a turn's bytes and in that of its products; on AMD of four clocks."""
+    clocks = source.step_products // MATRIX_RATE.get(arch, 1 << 30)
+    products = clocks // 4 if arch.startswith("gfx") else clocks
+    weights = ISSUE_LIMIT.get(arch, 0) * source.step_bytes // 8192
+    return [(weights, "bytes"), (products, "products")]
 
 
 def _ast(source: Source) -> ASTSource:

@@ -3,7 +3,8 @@
     python -m compressor_kernels.budget --arch sm_90 --out budget.json --table budget.md
 
 Each cell of the table is `count/limit form`: issue slots one scheduler spends on a tile of 128
-rows, and how many fit into the time the bytes of the tile take to arrive (`aot.ISSUE_LIMIT`).
+rows, and how many fit into the time the bytes of the tile take to arrive (`aot.ISSUE_LIMIT`), or,
+marked with p, into the longer time its products take on the tensor cores.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 def _cell(row: dict[str, Any]) -> str:
     count, limit = row["issue_slots"], row["issue_limit"]
-    text = f"{count}/{limit}"
+    text = f"{count}/{limit}" + "p" * (row["limited_by"] == "products")
     text = f"**{text}**" if count > limit else text
     spilled = f", spills {row['spills']}" if row["spills"] else ""
     return f"{text} {row['config']['form']}{spilled}"

@@ -76,7 +76,7 @@ def dequant_gemm_kernel(
         CONSTRAINTS, PLAN, FP16, IT,
     )  # fmt: skip
     if HAS_FACTOR:
-        acc *= tl.load(Factor) * (65536.0 if FORM == "element" and not CENTRED else 1.0)
+        acc *= tl.load(Factor)
     store_tile(
         acc, Bias, Residual, Y, M, N, rm, pid_n, pid_k, PARTIAL, HAS_BIAS, HAS_RESIDUAL, GATED
     )  # fmt: skip

@@ -27,6 +27,7 @@ from compressor_kernels.tuning import BLOCK_N, GemmSpec, tiles
 from compressor_kernels.words import LAYOUTS, Kind, columns_a_plane
 
 GROUP_SIZES = (16, 32, 64, 128, -1)
+MOST_E8M0 = 192  # `tiles.shifted_scale`
 INTEGER_KINDS: dict[int, Kind] = {2: "int2", 3: "int3", 4: "int4", 8: "int8"}
 
 
@@ -160,8 +161,8 @@ def planar_float(
 ) -> PlanarWeight:
     """A weight of a float format (`reference.dequantize_stored`) for the kernels.
 
-    Raises ValueError for what the kernels cannot hold: NaN codes, scales that are not positive, and
-    square blocks other than 128.
+    Raises ValueError for what the kernels cannot hold: NaN codes, scales that are not positive or,
+    powers of two, above 2^65, and square blocks other than 128.
     """
     scale = tensors["weight_scale"]
     if stored == "float-quantized":
@@ -173,6 +174,8 @@ def planar_float(
         return to_planar(codes, scale, None, block or group_size, "e4m3")
     codes = unpack_nibbles(tensors["weight_packed"])
     if stored == "mxfp4-pack-quantized":
+        if bool((scale > MOST_E8M0).any()):
+            raise ValueError("scales are above 2^65, more than the kernels' bf16 holds")
         return to_planar(codes, scale, None, group_size, "e2m1")
     known = scale.float().repeat_interleave(group_size, dim=1)[:, : codes.shape[1]] != 0
     made = to_planar(codes * known, e5m3(scale), None, group_size, "e2m1")

@@ -1,6 +1,7 @@
 """What a compiled kernel consists of: registers, spills, and the instructions of its main loop.
 
-The main loop is the shortest loop that holds every matrix instruction any loop holds.
+The main loop is the shortest loop that holds every matrix instruction any loop holds. Products in
+float32 (tf32 on NVIDIA) do not count: they correct the result after the loop, or hold no weights.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 import triton
 
 MATRIX_OPS = r"HMMA|HGMMA|IMMA|IGMMA|QMMA|QGMMA|OMMA|UTC\w*MMA|v_mfma\w*"
+IN_FLOAT32 = r"MMA\S*\.TF32|v_mfma_f32_\d+x\d+x\d+_?x?f32"
 ASYNC_16 = r"LDGSTS\S*\.128|UBLKCP|UTMALDG|(?:buffer|global)_load_dwordx4"
 
 
@@ -78,7 +80,7 @@ def read_amdgcn(assembly: str) -> CodeFacts:
 
 
 def _facts(registers: int, spills: int, loops: list[list[str]], code: list[str]) -> CodeFacts:
-    ops = [[op for text in loop for op in re.findall(MATRIX_OPS, text)] for loop in loops]
+    ops = [_matrix_ops(loop) for loop in loops]
     most = max((len(found) for found in ops), default=0)
     main = min(
         (len(loop) for loop, found in zip(loops, ops, strict=True) if len(found) == most), default=0
@@ -87,7 +89,12 @@ def _facts(registers: int, spills: int, loops: list[list[str]], code: list[str])
         n_regs=registers,
         spills=spills,
         loop_instructions=main if most else 0,
-        matrix_ops=sorted({op for text in code for op in re.findall(MATRIX_OPS, text)}),
+        matrix_ops=sorted(set(_matrix_ops(code))),
         loop_matrix_ops=most,
         wide_loads=sum(bool(re.search(ASYNC_16, text)) for text in code),
     )
+
+
+def _matrix_ops(code: list[str]) -> list[str]:
+    counted = [text for text in code if not re.search(IN_FLOAT32, text)]
+    return [op for text in counted for op in re.findall(MATRIX_OPS, text)]

@@ -57,8 +57,7 @@ def moe_gemm_kernel(
             CONSTRAINTS, PLAN, FP16, IT,
         )  # fmt: skip
         if HAS_FACTOR:
-            factor = tl.load(Factor + expert * factor_stride)
-            acc *= factor * (65536.0 if FORM == "element" and not CENTRED else 1.0)
+            acc *= tl.load(Factor + expert * factor_stride)
         if HAS_ROUTING:
             acc *= tl.load(Routing + choice, mask=known, other=0.0)[None, :]
         rn = pid_n * 128 + tl.arange(0, 128)

@@ -29,6 +29,7 @@ class Source:
     types: argument types of all arguments that are not constants. aligned: integer arguments that
     are multiples of 16 (pointers always are). step_bytes: weight bytes (with scales and zero
     points) that one turn of the main loop consumes, 0 where that is not what bounds the kernel.
+    step_products: 16-bit multiply-adds of that turn, 0 where they are not counted.
     """
 
     fn: Any
@@ -38,6 +39,7 @@ class Source:
     num_warps: int
     num_stages: int
     step_bytes: int = 0
+    step_products: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,7 @@ def dequant_gemm_source(arch: str, variant: dict[str, Any], config: dict[str, An
         launch.num_warps,
         launch.num_stages,
         what.step_bytes,
+        BLOCK_N * launch.block_m * what.spec.block_k * fixed["R"],
     )
 
 

@@ -28,7 +28,7 @@ def wants_asm(device: torch.device) -> bool:
 def constants(spec: GemmSpec, floats: Floats, *, form: str, asm: bool) -> dict[str, Any]:
     """Compile-time arguments that follow from the format of the weight."""
     layout, made = LAYOUTS[spec.kind], numbers(spec.kind, floats)
-    shifted = form == "element" and spec.scale_kind == "e5m3" and floats == "bf16"
+    shifted = form == "element" and spec.scale_kind != "float" and floats == "bf16"
     centred = form != "raw" and not shifted
     return {
         "PC": columns_a_plane(spec.kind, spec.group_size),

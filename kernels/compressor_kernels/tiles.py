@@ -120,18 +120,33 @@ def load_x(x_ptr, k, m_mask, K, EVEN_K: tl.constexpr, IT: tl.constexpr):
 
 
 @triton.jit
-def byte_scale(packed, g: tl.constexpr, SCALE: tl.constexpr, SHIFTED: tl.constexpr):
-    """Byte g of four one-byte scales: 2^(e-127), or 2^(e-16) (1 + m/8).
-
-    SHIFTED: the latter times 2^110 in bf16, for numbers that still lack a factor of 2^126.
-    """
+def byte_scale(packed, g: tl.constexpr, SCALE: tl.constexpr):
+    """Byte g of four one-byte scales: 2^(e-127), or 2^(e-16) (1 + m/8)."""
     byte = (packed >> (8 * g)) & 0xFF
     if SCALE == "e8m0":
         return (byte << 23).to(tl.float32, bitcast=True)
-    elif SHIFTED:
-        return ((byte << 4) + (221 << 7)).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         return ((byte << 20) + (111 << 23)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def shifted_scale(packed, g: tl.constexpr, SCALE: tl.constexpr):
+    """Byte g in bf16, times 2^62 or 2^81: most of what e2m1 numbers lack, which is 2^126.
+
+    The rest is left to `restored`, so that neither scale nor product leaves bf16's range: powers of
+    two from 2^-61 to 2^65 (below, weights fade to zero; above, `layout.py` refuses them).
+    """
+    if SCALE == "e8m0":
+        bits = masked_shift(packed, 8 * g - 7, 0xFF << 7) + (62 << 7)
+    else:
+        bits = masked_shift(packed, 8 * g - 4, 0xFF << 4) | (192 << 7)
+    return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def restored(acc, SCALE: tl.constexpr):
+    """Sums of numbers with `shifted_scale`, times the power of two that is still missing."""
+    return acc * (2.0**64 if SCALE == "e8m0" else 2.0**45)
 
 
 @triton.jit
@@ -140,7 +155,7 @@ def load_scale(s_ptr, packed, g: tl.constexpr, SCALE: tl.constexpr, SHIFTED: tl.
     if SCALE == "float":
         return tl.load(s_ptr).to(tl.float32)
     else:
-        return byte_scale(packed, g, SCALE, SHIFTED)
+        return shifted_scale(packed, g, SCALE) if SHIFTED else byte_scale(packed, g, SCALE)
 
 
 @triton.jit
@@ -212,13 +227,41 @@ def planes_product(
 
 @triton.jit
 def corrected(p, xs_ptr, z, m_mask, sums_stride, FORM: tl.constexpr, ZERO: tl.constexpr):
-    """p less what offsets and zero points put into it, by sums of x over the group."""
+    """p less what offsets and zero points put into it, by sums of x over the one group."""
     if FORM == "raw":
         p -= tl.load(xs_ptr, mask=m_mask, other=0.0)[None, :]
     if ZERO == "sums":
         xs = tl.load(xs_ptr + sums_stride, mask=m_mask, other=0.0)
         p -= z[:, None] * xs[None, :]
     return p
+
+
+@triton.jit
+def group_corrections(
+    acc, S, Z, xs_ptr, m_mask, sums_row, sums_stride, first, last,
+    ZERO: tl.constexpr, ZERO_OFFSET: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc less what offsets and zero points of groups first..last-1 put into it.
+
+    S @ XS[0] + (S * z') @ XS[1] over 16 groups at a time, after the loop: products that the main
+    loop would otherwise issue for every group. S, Z: scales and zero points of these 128 rows,
+    group by group. The sums keep 22 bits in three passes of tf32.
+    """
+    rows = tl.arange(0, acc.shape[0])[:, None]
+    for start in tl.range(first, last, 16, num_stages=1):
+        group = start + tl.arange(0, 16)
+        at = rows + group[None, :] * acc.shape[0]
+        there = group[None, :] < last
+        xs_at = xs_ptr[None, :] + group[:, None] * sums_row
+        xs_there = (group[:, None] < last) & m_mask
+        scale = -tl.load(S + at, mask=there, other=0.0).to(tl.float32)
+        sums = tl.load(xs_at, mask=xs_there, other=0.0)
+        acc = tl.dot(scale, sums, acc, input_precision=PRECISION)
+        if ZERO == "sums":
+            zero = tl.load(Z + at, mask=there, other=0).to(tl.float32) - ZERO_OFFSET
+            sums = tl.load(xs_at + sums_stride, mask=xs_there, other=0.0)
+            acc = tl.dot(scale * zero, sums, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
@@ -259,7 +302,6 @@ def tile_product(
     at = (pid_n * k_tiles + first) * (SCALES * BN) + rb
     if G == 0:
         at = pid_n * BN + rb
-    xs_ptr += (first * SUB if G > 0 else pid_k) * sums_row
     s = tl.load(S + at).to(tl.float32) if G == 0 else 0.0
     z = load_zero(Z + at, ZERO_OFFSET, ZERO if G == 0 else "none")
     acc = tl.zeros((BN, BM), dtype=tl.float32)
@@ -272,7 +314,7 @@ def tile_product(
             zg = z
             if G > 0:
                 sg = load_scale(S + at + g * BN, packed, g, SCALE, not CENTRED)
-                zg = load_zero(Z + at + g * BN, ZERO_OFFSET, ZERO)
+                zg = load_zero(Z + at + g * BN, ZERO_OFFSET, ZERO if FORM != "raw" else "none")
             if G == 0 or FORM == "element":
                 acc = planes_product(
                     acc, numbers, x_ptr, k, m_mask, K, sg, zg,
@@ -283,13 +325,20 @@ def tile_product(
                     tl.zeros((BN, BM), dtype=tl.float32), numbers, x_ptr, k, m_mask, K, sg, zg,
                     g * EACH, EACH, PC, R, FORM, ZERO, False, EVEN_K, IT,
                 )  # fmt: skip
-                p = corrected(p, xs_ptr + g * sums_row, zg, sm, sums_stride, FORM, ZERO)
                 acc += sg[:, None] * p
         x_ptr += BK
         k += BK
         w_ptr += W * BN * PC
         at += SCALES * BN
-        xs_ptr += SUB * sums_row
     if G == 0:
+        xs_ptr += pid_k * sums_row
         acc = s[:, None] * corrected(acc, xs_ptr, z, sm, sums_stride, FORM, ZERO)
+    elif FORM == "element" and not CENTRED:
+        acc = restored(acc, SCALE)
+    elif FORM == "raw":
+        base = pid_n * k_tiles * (SUB * BN)
+        acc = group_corrections(
+            acc, S + base, Z + base, xs_ptr, m_mask, sums_row, sums_stride,
+            first * SUB, last * SUB, ZERO, ZERO_OFFSET, "ieee" if ASM == "" else "tf32x3",
+        )  # fmt: skip
     return acc

@@ -7,13 +7,15 @@ makes the first request slow. Where the tables are silent the rule below decides
 
 - rows a tile: the smallest of 8, 16, 32, 64, 128 that holds M (matrix instructions on AMD need 16);
 - form: `group`; `element` where two accumulators would spill (compiled: from 17, 33 or 65 rows on,
-  by format) and for groups of 16; `dense` (dequantize, then cuBLAS) from 1024 rows on. AMD has no
-  bf16 arithmetic: `raw` for integers, `dense` from 65 rows on;
+  by format) and for groups of 16; `raw`, which takes a launch more for its sums, where `group`
+  would issue more than memory allows: on sm_100 with two warps (but int8, and 8 rows of symmetric
+  int4), on sm_90 int2 and int3 of 17 to 32 rows; `dense` (dequantize, then cuBLAS) from 1024 rows
+  on. AMD has no bf16 arithmetic: `raw` for integers, `dense` from 65 rows on;
 - split-K: enough blocks for two per processor (four of two warps), at most 16 splits, every split
   at least one tile;
-- warps: 4, one a scheduler; 8 where the compiled kernel would spill with 4; 2 for up to 16 rows on
-  sm_90 and, but for one scale a row, sm_100: with 4 those take their newer matrix instructions, and
-  bringing operands to where these want them costs more than the older ones do (int3: up to 8 rows);
+- warps: 4, one a scheduler; 8 where the compiled kernel would spill with 4; 2 for few rows (up to
+  8, 16 or 32, by format) on sm_90 and sm_100: with 4 those take their newer matrix instructions,
+  and bringing operands to where these want them costs more than the older ones do;
 - stages: 4 while a stage is small, 3 from 64 rows on, 2 on AMD, fewer if shared memory says so.
 
 None of it has been measured on a GPU yet.
@@ -152,31 +154,59 @@ def heuristic(arch: str, spec: GemmSpec, rows: int) -> KernelConfig:
     return KernelConfig(block_m, split_k, warps, fitting, usual_form(arch, spec, rows))
 
 
+def _pair_rows(arch: str, spec: GemmSpec) -> int:
+    """Rows of a tile up to which two warps on the older matrix instructions issue less."""
+    if arch == "sm_90":
+        return {"int3": 8, "e2m1": 32}.get(spec.kind, 16)
+    if arch != "sm_100":
+        return 0
+    if spec.group_size == -1:
+        return 32 if spec.kind == "int4" else 0
+    if spec.kind == "e2m1" or (spec.kind == "int4" and spec.group_size >= 64):
+        return 32
+    return 8 if spec.kind == "int3" else 16
+
+
 def _warps(arch: str, spec: GemmSpec, block_m: int) -> int:
     """4; 8 where the accumulators of 4 would not fit into registers; 2 where that issues less."""
-    most = {"sm_90": 16, "sm_100": 0 if spec.group_size == -1 else 16}.get(arch, 0)
-    if block_m <= min(most, 8 if spec.kind == "int3" else 16):
+    if block_m <= _pair_rows(arch, spec):
         return 2
     if block_m == 128 or (arch == "sm_100" and spec.kind == "int3"):
         return 8
-    limit = 32 if spec.kind == "e2m1" else 64
+    wide = ("e2m1", "int3") if arch.startswith("sm_12") else ("e2m1",)
+    limit = 32 if spec.kind in wide else 64
     return 8 if arch.startswith(("sm_8", "sm_12")) and block_m >= limit else 4
 
 
 def usual_form(arch: str, spec: GemmSpec, rows: int) -> str:
     """`group` unless the docstring says otherwise."""
+    is_integer = spec.kind.startswith("int")
     if arch.startswith("gfx"):
-        few = "raw" if spec.kind.startswith("int") else "group"
+        few = "raw" if is_integer else "group"
         return few if rows <= 64 else "dense"
     if rows >= DENSE_ROWS and arch != "cpu":
         return "dense"
-    return "element" if rows > _most_group_rows(spec) else "group"
+    if is_integer and spec.group_size != 16 and _needs_raw(arch, spec, rows):
+        return "raw"
+    return "element" if rows > _most_group_rows(arch, spec) else "group"
 
 
-def _most_group_rows(spec: GemmSpec) -> int:
+def _needs_raw(arch: str, spec: GemmSpec, rows: int) -> bool:
+    """Whether `raw` fits into the time of the bytes and `group` does not."""
+    is_dense = spec.kind in ("int2", "int3")  # many numbers a word
+    if arch == "sm_90":
+        return is_dense and spec.group_size == 128 and 16 < rows <= 32
+    if arch != "sm_100" or spec.kind == "int8" or rows > _pair_rows(arch, spec):
+        return False
+    return is_dense or spec.has_zeros or rows > 8
+
+
+def _most_group_rows(arch: str, spec: GemmSpec) -> int:
     """Rows up to which a second accumulator for the group fits into the registers."""
-    if spec.group_size == -1 or (spec.kind, spec.group_size) == ("int4", 128):
+    if spec.group_size == -1:
         return 64
     if spec.group_size == 16:
         return 0
-    return 16 if spec.kind in ("int3", "e2m1") else 32
+    if (spec.kind, spec.group_size) == ("int4", 128) and arch not in ("sm_100", "sm_120"):
+        return 64
+    return 16 if spec.kind in ("int3", "e2m1") or arch == "sm_100" else 32
