@@ -50,6 +50,9 @@ MATRIX_RATE = {
     "gfx942": 1024,
     "gfx950": 2048,
 }
+# The rate of `mma.sync` where newer instructions have the one above: 128 x 128 x 16 take 200 clocks
+# on an H100; sm_100 is taken to be the same.
+OLDER_RATE = {"sm_90": 1311, "sm_100": 1311}
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_86": GPUTarget("cuda", 86, 32),
@@ -92,14 +95,17 @@ class CompiledKernel:
     shared_bytes: int
     code: CodeFacts
     issue_slots: int
+    matrix_clocks: int
     issue_limit: int
     limited_by: str
 
     def row(self) -> dict[str, Any]:
         """The facts without the binary. Slots are those a scheduler issues per turn of the loop,
-        the limit what fits into the time its weights take to arrive (0: not bound by weights), or
-        its products take on the tensor cores; `limited_by` is "bytes" or "products"."""
+        matrix clocks those that the loop's own matrix instructions take (not counted: 0), the limit
+        what fits into the time its weights take to arrive (0: not bound by weights), or its
+        products take on the tensor cores; `limited_by` is "bytes" or "products"."""
         numbers = {"issue_slots": self.issue_slots, "issue_limit": self.issue_limit}
+        numbers["matrix_clocks"] = self.matrix_clocks
         sizes = {"binary_bytes": len(self.binary), "shared_bytes": self.shared_bytes}
         limit = {"limited_by": self.limited_by}
         return asdict(self.job) | asdict(self.code) | numbers | limit | sizes
@@ -121,9 +127,16 @@ def compile_job(job: Job) -> CompiledKernel:
         shared_bytes=made.metadata.shared,
         code=code,
         issue_slots=code.loop_instructions * source.num_warps // 4,
+        matrix_clocks=_matrix_clocks(job.arch, source, code),
         issue_limit=limit,
         limited_by=reason,
     )
+
+
+def _matrix_clocks(arch: str, source: Source, code: CodeFacts) -> int:
+    """Clocks of a turn's products on `mma.sync`; 0 where the kernel has faster instructions."""
+    is_older = "HMMA" in code.matrix_ops and arch in OLDER_RATE
+    return source.step_products // OLDER_RATE[arch] if is_older else 0
 
 
 def _limits(arch: str, source: Source) -> list[tuple[int, str]]:
@@ -162,9 +175,10 @@ def run_job(job: Job, binaries: Path | None) -> dict[str, Any]:
 
 
 def write_report(rows: Sequence[dict[str, Any]], out: Path) -> None:
-    """The facts as JSON."""
-    report = {"triton": triton.__version__, "issue_limit": ISSUE_LIMIT, "kernels": list(rows)}
-    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    """The facts as JSON, a kernel a line."""
+    head = json.dumps({"triton": triton.__version__, "issue_limit": ISSUE_LIMIT})
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    out.write_text(f'{head[:-1]}, "kernels": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -4,7 +4,8 @@
 
 Each cell of the table is `count/limit form`: issue slots one scheduler spends on a tile of 128
 rows, and how many fit into the time the bytes of the tile take to arrive (`aot.ISSUE_LIMIT`), or,
-marked with p, into the longer time its products take on the tensor cores.
+marked with p, into the longer time its products take on the tensor cores. A count marked with m is
+the clocks of the older matrix instructions, where these take longer than the slots.
 """
 
 from __future__ import annotations
@@ -73,8 +74,9 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _cell(row: dict[str, Any]) -> str:
-    count, limit = row["issue_slots"], row["issue_limit"]
-    text = f"{count}/{limit}" + "p" * (row["limited_by"] == "products")
+    slots, clocks, limit = row["issue_slots"], row["matrix_clocks"], row["issue_limit"]
+    count = max(slots, clocks)
+    text = f"{count}{'m' * (clocks > slots)}/{limit}{'p' * (row['limited_by'] == 'products')}"
     text = f"**{text}**" if count > limit else text
     spilled = f", spills {row['spills']}" if row["spills"] else ""
     return f"{text} {row['config']['form']}{spilled}"

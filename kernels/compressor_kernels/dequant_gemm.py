@@ -6,11 +6,12 @@ become exact numbers c = q - 2^(bits-1) (or the level of a small float) is in `w
 s, zero point z and z' = z - 2^(bits-1) there are three forms:
 
     group    acc += s * sum_i (c_i - z') x_i              scale once a group, in float32
-    raw      acc += s * (sum_i (offset + c_i) x_i - sum_i offset x_i - z' sum_i x_i)
+    raw      acc += s * sum_i (offset + c_i) x_i, and after all groups
+             acc -= sum_groups s * (sum_i offset x_i + z' sum_i x_i)
     element  acc += sum_i [s * (c_i - z')] x_i            scale each weight, rounded to 16 bits
 
-`group` is the exact one. `raw` saves the subtraction of the offset where that is dear (AMD has no
-bf16 arithmetic) and needs sums of x over the groups (`sums.py`; a preceding RMSNorm gives them).
+`group` is the exact one. `raw` saves the subtraction from every weight where that is dear (AMD has
+no bf16 arithmetic) and needs sums of x over the groups (`sums.py`; a preceding RMSNorm gives them).
 `element` has one accumulator and is for many rows, where the float32 rescaling costs more than it
 gives, and for groups of 16; with e4m3 and power-of-two scales of 4-bit floats it rounds nothing.
 With one scale a row it comes after the loop in every form. From some hundred rows on it can be
