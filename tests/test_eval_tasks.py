@@ -77,6 +77,14 @@ def test_the_limit_takes_the_first_items(model, tokenizer, items) -> None:
     assert result.doc_ids == [0, 1]
 
 
+def test_nothing_is_said_about_git_outside_of_a_repository(
+    model, tokenizer, items, tmp_path, monkeypatch, capfd
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_tasks(model, tokenizer, [f"mc:{items}"], limit=1)
+    assert "not a git repository" not in capfd.readouterr().err
+
+
 def test_the_shipped_task_finds_its_data(model, tokenizer) -> None:
     result = run_tasks(model, tokenizer, ["next_line_mc"], limit=3)["next_line_mc"]
     assert len(result.correct) == 3

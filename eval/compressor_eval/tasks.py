@@ -131,22 +131,25 @@ def _import_lm_eval() -> Any:
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Keep datasets and the hub client from the network: cached data or nothing."""
+    """Keep datasets and the hub client from the network (cached data or nothing), and the harness
+    from asking git for the commit of the working folder: elsewhere git complains."""
     import datasets.config
     import huggingface_hub.constants
+    import lm_eval.evaluator
 
-    switches = [
-        (datasets.config, "HF_HUB_OFFLINE"),
-        (datasets.config, "HF_DATASETS_OFFLINE"),
-        (huggingface_hub.constants, "HF_HUB_OFFLINE"),
+    switches: list[tuple[Any, str, Any]] = [
+        (datasets.config, "HF_HUB_OFFLINE", True),
+        (datasets.config, "HF_DATASETS_OFFLINE", True),
+        (huggingface_hub.constants, "HF_HUB_OFFLINE", True),
+        (lm_eval.evaluator, "get_git_commit_hash", lambda: None),
     ]
-    before = [getattr(module, name) for module, name in switches]
-    for module, name in switches:
-        setattr(module, name, True)
+    before = [getattr(module, name) for module, name, _ in switches]
+    for module, name, value in switches:
+        setattr(module, name, value)
     try:
         yield
     finally:
-        for (module, name), value in zip(switches, before, strict=True):
+        for (module, name, _), value in zip(switches, before, strict=True):
             setattr(module, name, value)
 
 
