@@ -49,7 +49,7 @@ def test_what_a_piece_raises_is_raised_and_threads_are_given_back():
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_pieces_are_taken_one_window_ahead():
+def test_one_piece_more_is_taken_than_run_at_once():
     taken = []
 
     def pieces():
@@ -57,8 +57,20 @@ def test_pieces_are_taken_one_window_ahead():
             taken.append(index)
             yield lambda: 0
 
-    next(side_by_side(pieces()))
-    assert taken == [0, 1]
+    found = side_by_side(pieces())
+    next(found)
+    assert taken == [0, 1, 2]
+    found.close()  # whoever stops early waits for what runs, and has all threads again
+    assert taken == [0, 1, 2]
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_pieces_inside_a_piece_are_computed_one_after_another():
+    def piece():
+        return at_once(), list(side_by_side([torch.get_num_threads] * 3))
+
+    assert list(side_by_side([piece] * 2)) == [(1, [1, 1, 1])] * 2
 
 
 @pytest.mark.usefixtures("two_threads")

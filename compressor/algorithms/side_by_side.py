@@ -8,11 +8,12 @@ at once as there are threads, and each is computed as if there were no other.
 from __future__ import annotations
 
 import os
+import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cache
-from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -21,16 +22,17 @@ CPU = torch.device("cpu")
 AT_ONCE = 8  # bounds the memory of what runs at once; more threads share each computation
 
 T = TypeVar("T")
+_here = threading.local()  # whether this thread computes one of several pieces
 
 
 def at_once(device: torch.device = CPU) -> int:
     """How many computations run at once: torch's threads, no more than cores this thread may use.
 
-    On an accelerator one: each fills the device by itself. A thread that is pinned to one core
-    (OMP_PROC_BIND, GOMP_CPU_AFFINITY) passes that on to every thread it starts; all threads of
-    torch then share the one computation.
+    On an accelerator one: each fills the device by itself; and one inside of a piece. A thread that
+    is pinned to one core (OMP_PROC_BIND, GOMP_CPU_AFFINITY) passes that on to every thread it
+    starts; all threads of torch then share the one computation.
     """
-    if device.type != "cpu":
+    if device.type != "cpu" or getattr(_here, "is_piece", False):
         return 1
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
@@ -50,26 +52,33 @@ def shared_threads(among: int) -> Iterator[int]:
 
 
 def side_by_side(work: Iterable[Callable[[], T]], *, device: torch.device = CPU) -> Iterator[T]:
-    """Results in order. Pieces are taken one window ahead; whatever a piece raises is raised.
+    """Results in order. One piece more is taken than run at once; what a piece raises is raised.
 
-    The mode of gradients is that of the caller.
+    The mode of gradients is that of the caller, who has one piece's share of torch's threads
+    between two results.
     """
     count, grad = at_once(device), torch.is_grad_enabled()
-    pieces = iter(work)
     if count == 1:
-        yield from (piece() for piece in pieces)
+        yield from (piece() for piece in work)
         return
 
     def run(piece: Callable[[], T], share: int) -> T:
+        _here.is_piece = True
         torch.set_num_threads(share)  # of this thread
         with torch.set_grad_enabled(grad):
             return piece()
 
-    while window := list(islice(pieces, count)):
-        with shared_threads(count) as share:
-            running = [_pool(count).submit(run, piece, share) for piece in window]
-            found = [task.result() for task in running]
-        yield from found
+    running = deque[Future[T]]()
+    with shared_threads(count) as share:
+        try:
+            for piece in work:
+                running.append(_pool(count).submit(run, piece, share))
+                if len(running) > count:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            wait([task for task in running if not task.cancel()])
 
 
 @cache

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
 from typing import Any, Self
 
 import torch
@@ -140,14 +141,14 @@ class PausedRuns:
 
     def _resumed(self) -> Iterator[tuple[PausedRun, tuple[str, Tensor] | None]]:
         """All passes and where they are, after each was resumed; as many at once as may be."""
-        count = self._count
-        for first in range(0, len(self._runs), count):
-            window = self._runs[first : first + count]
-            with shared_threads(count):
-                for run in window:
-                    run.resume()
-                stops = [run.stopped() for run in window]
-            yield from zip(window, stops, strict=True)
+        with shared_threads(self._count):
+            for run in self._runs[: self._count]:
+                run.resume()
+            for run, later in zip_longest(self._runs, self._runs[self._count :]):
+                at = run.stopped()
+                if later is not None:
+                    later.resume()
+                yield run, at
 
     def close(self) -> None:
         """End what still waits; the block runs plainly again."""
