@@ -170,12 +170,19 @@ def _ladder(dampening: float, dtype: torch.dtype) -> Iterator[tuple[float, torch
         yield lam, torch.float64, f"not positive definite: dampening raised to {lam:g}"
 
 
+def _in_order(hessian: Tensor, order: Tensor) -> Tensor:
+    """H[order][:, order], some rows at a time: rows are copied, columns gathered while cached."""
+    found = torch.empty_like(hessian)
+    for rows, out in zip(torch.split(order, 256), torch.split(found, 256), strict=True):
+        chosen = hessian.index_select(0, rows)
+        torch.gather(chosen, 1, order.expand_as(chosen), out=out)
+    return found
+
+
 def _damped(hessian: Tensor, dampening: float, dtype: torch.dtype, order: Tensor | None) -> Tensor:
     """A copy of H, reversed in rows and columns, with dampening on its diagonal."""
-    if order is None:
-        flipped = hessian.to(dtype).flip(0, 1)
-    else:
-        flipped = hessian[order.flip(0)].index_select(1, order.flip(0)).to(dtype)
+    flipped = hessian.flip(0, 1) if order is None else _in_order(hessian, order.flip(0))
+    flipped = flipped.to(dtype)
     flipped.diagonal().add_(dampening * flipped.diagonal().mean())
     return flipped
 
