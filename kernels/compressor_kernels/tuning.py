@@ -193,12 +193,12 @@ def usual_form(arch: str, spec: GemmSpec, rows: int) -> str:
 
 def _needs_raw(arch: str, spec: GemmSpec, rows: int) -> bool:
     """Whether `raw` fits into the time of the bytes and `group` does not."""
-    is_dense = spec.kind in ("int2", "int3")  # many numbers a word
+    has_many = spec.kind in ("int2", "int3")  # numbers a word
     if arch == "sm_90":
-        return is_dense and spec.group_size == 128 and 16 < rows <= 32
+        return has_many and spec.group_size == 128 and 16 < rows <= 32
     if arch != "sm_100" or spec.kind == "int8" or rows > _pair_rows(arch, spec):
         return False
-    return is_dense or spec.has_zeros or rows > 8
+    return has_many or spec.has_zeros or rows > 8
 
 
 def _most_group_rows(arch: str, spec: GemmSpec) -> int:
