@@ -34,8 +34,8 @@ MASK_METHODS: dict[str, Stage] = {
     "repaired, zeros shared out": {"method": "alps", "allocation": "measured"},
 }
 PEERS = {"llm-compressor Wanda": "llmc-wanda", "llm-compressor SparseGPT": "llmc-sparsegpt"}
-COMPARED = ("repaired", "llm-compressor SparseGPT")
-SEEDED = (*COMPARED, "repaired, zeros shared out")
+OURS, PEER = ("repaired", "repaired, zeros shared out"), "llm-compressor SparseGPT"
+COMPARED = (OURS[0], PEER)
 HALF = "50 % depth"
 DISTILLED = "distilled"
 SCRATCH, SCRATCH_DISTILLED = "from scratch, next-token loss", "from scratch, distilled"
@@ -81,7 +81,7 @@ def cells(shapes: list[str], seeds: int) -> list[Cell]:
     quick: list[Cell] = []
     for shape in shapes:
         for method in [*_masks(shape), *PEERS] if shape in MASKS else ["pruned", "repaired"]:
-            count = seeds if shape in MASKS and method in SEEDED else 1
+            count = seeds if shape in MASKS and method in (*OURS, PEER) else 1
             quick += [Cell(shape, method, seed) for seed in range(count)]
     trained = [Cell(shape, DISTILLED) for shape in shapes]
     trained += [Cell(shape, SCRATCH) for shape in shapes if shape not in MASKS]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.prune_cases import COMPARED, DISTILLED, HALF, MASKS, SCRATCH, SEEDED, SHAPES
+from benchmarks.prune_cases import DISTILLED, HALF, MASKS, OURS, PEER, SCRATCH, SHAPES
 
 Rows = list[dict[str, Any]]
 RESAMPLES = 2000
@@ -74,9 +74,6 @@ def _line(group: Rows) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-OURS = tuple(method for method in SEEDED if method != COMPARED[1])
-
-
 def goals(rows: Rows) -> list[str]:
     """What was to be shown, as measured; only of shapes that have the rows."""
     found = [_against_peer(rows, shape, method) for shape in MASKS for method in OURS]
@@ -91,7 +88,7 @@ def _of(rows: Rows, shape: str, method: str) -> Rows:
 
 def _against_peer(rows: Rows, shape: str, method: str) -> str:
     """Less damage than llm-compressor's SparseGPT, seed by seed, documents resampled in pairs."""
-    ours, theirs = _of(rows, shape, method), _of(rows, shape, COMPARED[1])
+    ours, theirs = _of(rows, shape, method), _of(rows, shape, PEER)
     if not ours or not theirs:
         return ""
     seeds = {r["seed"] for r in ours} & {r["seed"] for r in theirs}
@@ -104,7 +101,7 @@ def _against_peer(rows: Rows, shape: str, method: str) -> str:
     kl = 1 - _mean(ours, "kl_mean") / _mean(theirs, "kl_mean")
     verdict = "reached" if less >= 0.4 else "missed"
     return (
-        f"{shape}, {method}: {100 * less:.0f} % less damage than {COMPARED[1]} "
+        f"{shape}, {method}: {100 * less:.0f} % less damage than {PEER} "
         f"[{100 * low:.0f}, {100 * high:.0f}] (goal 40 %: {verdict}), {100 * kl:.0f} % less KL; "
         f"seeds: {len(ours)}"
     )

@@ -180,13 +180,12 @@ def _warps(arch: str, spec: GemmSpec, block_m: int) -> int:
 
 def usual_form(arch: str, spec: GemmSpec, rows: int) -> str:
     """`group` unless the docstring says otherwise."""
-    is_integer = spec.kind.startswith("int")
     if arch.startswith("gfx"):
-        few = "raw" if is_integer else "group"
+        few = "raw" if spec.kind.startswith("int") else "group"
         return few if rows <= 64 else "dense"
     if rows >= DENSE_ROWS and arch != "cpu":
         return "dense"
-    if is_integer and spec.group_size != 16 and _needs_raw(arch, spec, rows):
+    if _needs_raw(arch, spec, rows):
         return "raw"
     return "element" if rows > _most_group_rows(arch, spec) else "group"
 
@@ -196,9 +195,9 @@ def _needs_raw(arch: str, spec: GemmSpec, rows: int) -> bool:
     has_many = spec.kind in ("int2", "int3")  # numbers a word
     if arch == "sm_90":
         return has_many and spec.group_size == 128 and 16 < rows <= 32
-    if arch != "sm_100" or spec.kind == "int8" or rows > _pair_rows(arch, spec):
-        return False
-    return has_many or spec.has_zeros or rows > 8
+    may_need = has_many or (spec.kind == "int4" and (spec.has_zeros or rows > 8))
+    pairs = arch == "sm_100" and spec.group_size != 16 and rows <= _pair_rows(arch, spec)
+    return pairs and may_need
 
 
 def _most_group_rows(arch: str, spec: GemmSpec) -> int:
