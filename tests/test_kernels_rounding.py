@@ -11,6 +11,7 @@ from compressor_kernels.native_rounding import (
     MOST_COLUMNS,
     UniformLevels,
     group_errors,
+    group_scales,
     round_columns,
 )
 
@@ -79,6 +80,32 @@ def test_errors_of_groups_are_sums_of_squares(size, weighted):
     expected = (square if weight is None else square * weight).sum(-1)
     found = group_errors(groups, scale, zero, 15, weight)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_fitted_scales_have_the_smallest_error_for_their_codes(weighted):
+    groups = numbers(6, 3, 32)
+    groups[0] = 0  # no scale is better than another
+    scale = 0.2 + 0.1 * numbers(6, 3, seed=1).abs()
+    scale[1] *= -1
+    scale[2] = 1e3  # every code is zero
+    zero = torch.full((6, 3), 8.0)
+    weight = numbers(1, 3, 32, seed=3).square() if weighted else None
+    level = (groups / scale[..., None]).round().clamp(-8, 7)
+    share = level if weight is None else level * weight
+    fitted = (share * groups).sum(-1) / (share * level).sum(-1)
+    expected = torch.where((fitted * scale > 0) & fitted.isfinite(), fitted, scale)
+    found = group_scales(groups, scale, zero, 15, weight)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    assert torch.equal(found[0], scale[0])
+    assert torch.equal(found[2], scale[2])
+
+    def error(s: torch.Tensor) -> torch.Tensor:
+        square = (level * s[..., None] - groups).square()
+        return (square if weight is None else square * weight).sum(-1)
+
+    for nearby in (0.99, 1.01):
+        assert (error(found)[3:] < error(found * nearby)[3:]).all()
 
 
 @pytest.mark.parametrize(("bits", "symmetric"), [(2, True), (3, False), (4, True), (8, False)])

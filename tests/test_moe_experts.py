@@ -25,11 +25,11 @@ from compressor.stages.expert_statistics import (
     kind_of,
     layer_input,
 )
+from compressor.stages.group_sums import GroupStatistics
 from compressor.stages.selection import select
 from compressor.stages.statistics import (
     BlockStatistics,
     Collection,
-    GroupStatistics,
     Streams,
     calibration_rows,
 )

@@ -35,7 +35,7 @@ from torch import Tensor
 from compressor.algorithms.finite import require_finite
 from compressor.errors import RecipeError
 from compressor_kernels import native
-from compressor_kernels.native_rounding import group_errors
+from compressor_kernels.native_rounding import group_errors, group_scales
 
 COARSE = 9  # shrunk ranges tried first, evenly from the whole range to the narrowest
 HALVINGS = 2  # then on both sides of the best, at half and at a quarter of their distance
@@ -302,6 +302,8 @@ class _Best:
 
     def least_squares_scale(self) -> Tensor:
         """The real scale that is optimal for the present codes; the old one where undefined."""
+        if self.native:
+            return group_scales(self.groups, self.scale, self.zero, self.levels - 1, self.weight)
         centred = self._centred(self.scale, self.zero)
         weighted = centred if self.weight is None else centred * self.weight
         square = (weighted * centred).sum(dim=-1)

@@ -64,6 +64,13 @@ class HessianAccumulator:
             require_finite(self._cross.diagonal(), "the original inputs of a layer")
         self.num_tokens += seen.shape[0]
 
+    def merge(self, other: HessianAccumulator) -> None:
+        """Count what another one of the same kind has counted, too."""
+        self._hessian += other._hessian
+        if self._cross is not None and other._cross is not None:
+            self._cross += other._cross
+        self.num_tokens += other.num_tokens
+
     def finish(self) -> tuple[Tensor, Tensor | None]:
         """H and D (None without it), made in the memory of the sums: the accumulator is used up."""
         cross = None if self._cross is None else self._cross.div_(max(self.num_tokens, 1))
@@ -119,6 +126,11 @@ class OutputAccumulator:
         require_finite(theirs, "the original outputs of a layer")
         self._sum.addmm_(theirs.T, seen)
         self.num_tokens += len(seen)
+
+    def merge(self, other: OutputAccumulator) -> None:
+        """Count what another one has counted, too."""
+        self._sum += other._sum
+        self.num_tokens += other.num_tokens
 
     def drift(self, weight: Tensor, hessian: Tensor) -> Tensor:
         """W D [O, I] for the weight fp32 [O, I] and H of the same tokens, in the sum's memory."""

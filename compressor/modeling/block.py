@@ -6,8 +6,10 @@ linears; which linears share an input is observed, not listed.
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -19,6 +21,8 @@ from compressor.modeling.families import EXPERT
 from compressor.modeling.linears import StoredLinear, find_linears, packed_from_tensors
 from compressor.modeling.skeleton import Skeleton
 from compressor.modeling.state import BlockTensors
+
+HELD_BYTES = 1 << 28  # of dense weights
 
 
 class _Enough(Exception):
@@ -36,6 +40,23 @@ class Block:
     def run(self, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         return self.module(hidden, **kwargs)  # type: ignore[no-any-return]
+
+    @contextmanager
+    def holding(self, names: Collection[str] | None = None) -> Iterator[None]:
+        """Passes meanwhile share the dense weights of these linears (all), if they are small.
+
+        None of them may be changed before the end.
+        """
+        chosen = [self.linears[n] for n in (self.linears if names is None else names)]
+        if 4 * sum(math.prod(linear.shape) for linear in chosen) > HELD_BYTES:
+            chosen = []
+        for linear in chosen:
+            linear.held = linear.dense()
+        try:
+            yield
+        finally:
+            for linear in chosen:
+                linear.held = None
 
 
 def load_block(

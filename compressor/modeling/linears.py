@@ -43,6 +43,7 @@ class StoredLinear(nn.Module):
         self.bias = bias
         self.transposed = transposed
         self.packed: PackedWeight | None = None
+        self.held: Tensor | None = None  # the dense weight, while many passes share it
         self._codes: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
@@ -119,7 +120,8 @@ class StoredLinear(nn.Module):
             known = None if known is None else known.to(x.device)
             x = round_inputs(x, self.packed.format.activations, known)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.dense().to(x.dtype), bias)
+        weight = self.dense() if self.held is None else self.held
+        return F.linear(x, weight.to(x.dtype), bias)
 
 
 def is_linear(module: nn.Module) -> bool:

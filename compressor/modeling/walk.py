@@ -155,7 +155,8 @@ class Walk:
             partial(block.run, stream.read(rows), self.kwargs(rows, position))
             for rows in self.batches()
         )
-        self.take_outputs(stream, side_by_side(passes, device=self.device), position)
+        with block.holding():
+            self.take_outputs(stream, side_by_side(passes, device=self.device), position)
 
     @torch.no_grad()
     def through(self, block: Block, position: int, hidden: Tensor) -> Tensor:

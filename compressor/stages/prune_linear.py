@@ -21,8 +21,8 @@ from compressor.algorithms.masks import (
 from compressor.algorithms.reconstruct import reconstruct
 from compressor.modeling.linears import StoredLinear
 from compressor.recipe import PruneConfig
+from compressor.stages.group_sums import GroupStatistics
 from compressor.stages.solve import Rounding, round_stack
-from compressor.stages.statistics import GroupStatistics
 
 
 def prune_linear(

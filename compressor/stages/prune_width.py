@@ -35,9 +35,10 @@ from compressor.modeling.state import BlockTensors, ModelState
 from compressor.recipe import PruneConfig
 from compressor.stages.blockwise import Rewritten, Sweep
 from compressor.stages.context import StageContext, StageReport
+from compressor.stages.group_sums import GroupStatistics
 from compressor.stages.kept import kept_count
 from compressor.stages.solve import Rounding, round_stack
-from compressor.stages.statistics import BlockStatistics, Collection, GroupStatistics
+from compressor.stages.statistics import BlockStatistics, Collection
 
 GATE, UP, DOWN = "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"
 Q, K, V, O = (f"self_attn.{leaf}_proj" for leaf in "qkvo")  # noqa: E741

@@ -26,7 +26,8 @@ from compressor.modeling.linears import StoredLinear
 from compressor.modeling.walk import Walk
 from compressor.recipe import QuantizeConfig
 from compressor.stages.grids import check_scales, make_grid
-from compressor.stages.statistics import BlockStatistics, Collection, GroupStatistics, Streams
+from compressor.stages.group_sums import GroupStatistics
+from compressor.stages.statistics import BlockStatistics, Collection, Streams
 
 Formats = dict[str, LayerFormat]
 

@@ -16,29 +16,29 @@ experts, are run again from their start for each group.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from compressor.algorithms.asymmetric import asymmetric_target, correction_strength, target_of_drift
-from compressor.algorithms.hessian import HessianAccumulator, OutputAccumulator
+from compressor.algorithms.asymmetric import correction_strength
+from compressor.algorithms.hessian import HessianAccumulator
 from compressor.algorithms.side_by_side import side_by_side
 from compressor.modeling.activations import ActivationStore
 from compressor.modeling.block import Block, Observed, input_phases, inputs_of
 from compressor.modeling.families import EXPERT
 from compressor.modeling.paused import PausedRuns
 from compressor.modeling.walk import Walk
-from compressor.stages.expert_statistics import (
-    LAYER,
-    NONE,
-    OWN,
-    SHRINK_BELOW,
-    SHRUNK,
-    LayerHessians,
-    kind_of,
+from compressor.stages.expert_statistics import LAYER, LayerHessians, kind_of
+from compressor.stages.group_sums import (
+    Batch,
+    GroupStatistics,
+    GroupSums,
+    Watched,
+    num_lanes,
+    summed,
 )
 
 HELD_OUT_SHARE = 8  # one row in eight measures candidates and calibrates nothing
@@ -55,40 +55,6 @@ class Streams:
         """Remove their files, if there are any."""
         self.reference.close()
         self.compressed.close()
-
-
-@dataclass(slots=True, eq=False)
-class GroupStatistics:
-    """H [I, I] of one shared input and, if the target is asymmetric, D; means over tokens.
-
-    Where the group has fewer outputs than inputs, `drift` holds W D [O, I] by linear instead of D.
-    Whoever has all targets calls `forget_drift`: D is as large as H. `source` says which tokens
-    H is of (`expert_statistics`); num_tokens counts those that the group itself saw.
-    """
-
-    hessian: Tensor
-    cross: Tensor | None
-    num_tokens: int
-    source: str = OWN
-    drift: dict[str, Tensor] | None = None
-
-    def target(self, weight: Tensor, names: list[str]) -> tuple[Tensor, float]:
-        """W* of W [O, I], those of the stacked linears `names`; the strength (0: no correction)."""
-        if self.cross is None and self.drift is None:
-            return weight, 0.0
-        strength, ridge = correction_strength(self.num_tokens, weight.shape[1])
-        if strength == 0.0:
-            return weight, 0.0
-        how = {"strength": strength, "ridge": ridge}
-        if self.drift is not None:
-            drift = torch.cat([self.drift[n] for n in names])
-            return target_of_drift(weight, self.hessian, drift, **how), strength
-        assert self.cross is not None
-        return asymmetric_target(weight, self.hessian, self.cross, **how), strength
-
-    def forget_drift(self) -> None:
-        """Free what only targets need."""
-        self.cross, self.drift = None, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,59 +77,6 @@ class _Pair:
     position: int
     original: Block
     block: Block
-
-
-@dataclass(frozen=True, slots=True)
-class _Watched:
-    """Linears whose inputs, and linears whose outputs a correction needs of the reference."""
-
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return self.inputs + self.outputs
-
-    @classmethod
-    def together(cls, groups: Iterable[_Watched]) -> _Watched:
-        """What several groups need, in one pass."""
-        parts = list(groups)
-        inputs = (name for part in parts for name in part.inputs)
-        return cls(tuple(inputs), tuple(name for part in parts for name in part.outputs))
-
-
-class _GroupSums:
-    """H of a group, and D or W D for its correction, batch by batch."""
-
-    def __init__(
-        self, pair: _Pair, group: list[str], watched: _Watched, *, device: torch.device
-    ) -> None:
-        self.watched, self._original = watched, pair.original
-        self._columns = pair.block.linears[group[0]].shape[1]
-        heights = {n: pair.block.linears[n].shape[0] for n in watched.outputs}
-        cross = bool(watched.inputs)
-        self.total = HessianAccumulator(self._columns, with_cross=cross, device=device)
-        self._products = {
-            n: OutputAccumulator(h, self._columns, device=device) for n, h in heights.items()
-        }
-
-    def add(self, x: Tensor, there: Mapping[str, Tensor], mask: Tensor | None) -> None:
-        """Count inputs [t, I] and what was watched [t, I or O]; mask [t] True = real token."""
-        inputs = [there[name] for name in self.watched.inputs]
-        self.total.add(x, inputs[0] if inputs else None, mask)
-        for name, product in self._products.items():
-            product.add(there[name], x, mask)
-
-    def finish(self) -> GroupStatistics:
-        if not self._products:
-            return _statistics(self.total, self._columns)
-        num_tokens = self.total.num_tokens
-        hessian, _ = self.total.finish()
-        drift = {
-            name: product.drift(self._original.linears[name].dense(), hessian)
-            for name, product in self._products.items()
-        }
-        return GroupStatistics(hessian, None, num_tokens, drift=drift)
 
 
 class BlockStatistics:
@@ -220,30 +133,45 @@ class BlockStatistics:
         """One pass of each stream through the block."""
         heads = [group[0] for group in groups]
         watched = {group[0]: self._watched(pair, group) for group in groups}
-        there = self._reference(pair, _Watched.together(watched.values()))
+        there = self._reference(pair, Watched.together(watched.values()))
         forwards = [self._forward(pair, rows) for rows in self.walk.batches()]
         with PausedRuns(pair.block, heads, forwards, device=self.walk.device) as runs:
+            before: list[str] = []  # what passes run through up to the next stop
             for group in groups:
-                sums = self._sums(pair, group, watched[group[0]])
-                seen = {name: there.pop(name) for name in sums.watched.names}
-                here = runs.inputs(group[0])
-                for index, (rows, x) in enumerate(zip(self.walk.batches(), here, strict=True)):
-                    if rows.start < self.rows.stop:
-                        batch = {name: self._counted(rows, y[index]) for name, y in seen.items()}
-                        sums.add(self._counted(rows, x), batch, self._counted_mask(rows, x))
-                yield group, sums.finish()
+                lanes = self._lanes(pair, group, watched[group[0]])
+                seen = {name: there.pop(name) for name in watched[group[0]].names}
+                with pair.block.holding(before):
+                    here = runs.inputs(group[0])
+                before = group
+                yield group, summed(lanes, self._batches(seen, here)).finish()
             if self.collection.final:
-                finished = runs.outputs()
-                self.walk.take_outputs(self.streams.compressed, finished, pair.position)
+                with pair.block.holding(before):
+                    finished = runs.outputs()
+                    self.walk.take_outputs(self.streams.compressed, finished, pair.position)
 
-    def _sums(self, pair: _Pair, group: list[str], watched: _Watched) -> _GroupSums:
-        return _GroupSums(pair, group, watched, device=self.walk.device)
+    def _lanes(self, pair: _Pair, group: list[str], watched: Watched) -> list[GroupSums]:
+        columns = pair.block.linears[group[0]].shape[1]
+        count = num_lanes(columns, self.walk.device)
+        return [self._sums(pair, group, watched) for _ in range(count)]
+
+    def _batches(self, there: dict[str, list[Tensor]], here: list[Tensor]) -> list[Batch]:
+        """The micro-batches with calibration rows, without their measuring rows."""
+        found: list[Batch] = []
+        counted = (rows for rows in self.walk.batches() if rows.start < self.rows.stop)
+        for index, rows in enumerate(counted):
+            seen = {name: self._counted(rows, y[index]) for name, y in there.items()}
+            x = here[index]
+            found.append((self._counted(rows, x), seen, self._counted_mask(rows, x)))
+        return found
+
+    def _sums(self, pair: _Pair, group: list[str], watched: Watched) -> GroupSums:
+        return GroupSums(pair.original, group[0], watched, self.walk.device)
 
     def _forward(self, pair: _Pair, rows: slice) -> Callable[[], Tensor]:
         kwargs = self.walk.kwargs(rows, pair.position)
         return lambda: pair.block.run(self.streams.compressed.read(rows), kwargs)
 
-    def _reference(self, pair: _Pair, watched: _Watched) -> dict[str, list[Tensor]]:
+    def _reference(self, pair: _Pair, watched: Watched) -> dict[str, list[Tensor]]:
         """What corrections need of the reference, by linear, batch by batch.
 
         Batches that only hold measuring rows keep nothing. If `final`, the stream moves on.
@@ -264,25 +192,26 @@ class BlockStatistics:
                     found[name].append(x)
                 yield out
 
-        with Observed(pair.original, watched.inputs, watched.outputs) as observed:
+        all_watched = Observed(pair.original, watched.inputs, watched.outputs)
+        with pair.original.holding(), all_watched as observed:
             if self.collection.final:
                 self.walk.take_outputs(stream, passed(observed), position)
             else:
                 deque(passed(observed), maxlen=0)
         return found
 
-    def _watched(self, pair: _Pair, group: list[str]) -> _Watched:
+    def _watched(self, pair: _Pair, group: list[str]) -> Watched:
         """What of the reference the correction of a group needs: nothing, inputs or outputs.
 
         W D costs less than D if O < I, and comes of the outputs if the reference has this W.
         """
         if not self._wants_cross(pair, group[0]):
-            return _Watched((), ())
+            return Watched((), ())
         here, there = pair.block.linears, pair.original.linears
         rows, columns = sum(here[n].shape[0] for n in group), here[group[0]].shape[1]
         if rows < columns and all(torch.equal(here[n].dense(), there[n].dense()) for n in group):
-            return _Watched((), tuple(group))
-        return _Watched((group[0],), ())
+            return Watched((), tuple(group))
+        return Watched((group[0],), ())
 
     def _wants_cross(self, pair: _Pair, name: str) -> bool:
         """Whether there can be enough tokens to correct the target; D is as much work as H."""
@@ -310,11 +239,11 @@ class BlockStatistics:
         """Run the calibration rows from the block's start to a phase of groups."""
         position, block = pair.position, pair.block
         expert = EXPERT.match(phase[0][0]) is not None
-        nothing = _Watched((), ())
+        nothing = Watched((), ())
         sums = {
             g[0]: self._sums(pair, g, nothing if expert else self._watched(pair, g)) for g in phase
         }
-        watched = _Watched.together(s.watched for s in sums.values())
+        watched = Watched.together(s.watched for s in sums.values())
         for rows in self.walk.batches(self.rows):
             kwargs = self.walk.kwargs(rows, position)
             here = inputs_of(block, list(sums), self.streams.compressed.read(rows), kwargs)
@@ -329,7 +258,7 @@ class BlockStatistics:
             else:
                 yield group, GroupStatistics(layer, None, of_group.total.num_tokens, LAYER)
 
-    def _reference_batch(self, pair: _Pair, rows: slice, watched: _Watched) -> dict[str, Tensor]:
+    def _reference_batch(self, pair: _Pair, rows: slice, watched: Watched) -> dict[str, Tensor]:
         """What corrections need of the reference for some rows, by linear."""
         if not watched.names:
             return {}
@@ -359,29 +288,6 @@ class BlockStatistics:
 
 def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).float()
-
-
-def _statistics(total: HessianAccumulator, columns: int) -> GroupStatistics:
-    """Means of the sums; a group that saw no token is rounded as if all inputs were alike."""
-    if total.num_tokens == 0:
-        hessian, _ = total.finish()
-        hessian.diagonal().fill_(1.0)
-        return GroupStatistics(hessian, None, 0, NONE)
-    num_tokens = total.num_tokens
-    hessian, drift = total.finish()
-    if drift is not None and correction_strength(num_tokens, columns)[0] == 0.0:
-        return GroupStatistics(hessian, None, num_tokens)  # too few tokens for a correction
-    if drift is None and num_tokens < SHRINK_BELOW * columns:
-        return GroupStatistics(_shrink(hessian, num_tokens), None, num_tokens, SHRUNK)
-    return GroupStatistics(hessian, drift, num_tokens)
-
-
-def _shrink(hessian: Tensor, num_tokens: int) -> Tensor:
-    """Pull a Hessian of few tokens towards its diagonal: (1 - a) H + a diag(H), a = d / (d + n)."""
-    share = hessian.shape[0] / (hessian.shape[0] + num_tokens)
-    diagonal = hessian.diagonal().clone()
-    hessian.mul_(1 - share).diagonal().add_(share * diagonal)
-    return hessian
 
 
 def calibration_rows(walk: Walk) -> slice:

@@ -60,6 +60,7 @@ _SIGNATURES = {
     "block_out": [POINTER, POINTER, POINTER, LONG, POINTER, POINTER, INT],
     "round_columns": [POINTER],
     "group_errors": [POINTER],
+    "group_scales": [POINTER],
     "attend": [*[POINTER] * 8, ctypes.c_float],
     "decode": [POINTER, LONG, POINTER, LONG, *[POINTER] * 4, LONG, POINTER, INT],
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,11 +26,11 @@ class _RoundingStruct(ctypes.Structure):
     )
 
 
-class _ErrorsStruct(ctypes.Structure):
-    """`Errors` of round.c."""
+class _GroupsStruct(ctypes.Structure):
+    """`Groups` of round.c."""
 
     _fields_ = (
-        *((name, POINTER) for name in ("groups", "scale", "zero", "weight", "errors")),
+        *((name, POINTER) for name in ("groups", "scale", "zero", "weight", "found")),
         *((name, LONG) for name in ("count", "size", "period")),
         ("top", ctypes.c_float),
     )
@@ -83,14 +84,33 @@ def group_errors(
 
     weight: [1, G, g], of each squared difference. All fp32. Raises as `round_columns`.
     """
-    tensors = (groups, scale, zero) if weight is None else (groups, scale, zero, weight)
+    return _of_groups(needed().group_errors, (groups, scale, zero), top, weight)
+
+
+def group_scales(
+    groups: Tensor, scale: Tensor, zero: Tensor, top: int, weight: Tensor | None = None
+) -> Tensor:
+    """The scale [O, G] of least squared error for the codes that `group_errors` rounds to.
+
+    Where all codes are zero, or it would change its sign, the old one. Raises as `round_columns`.
+    """
+    return _of_groups(needed().group_scales, (groups, scale, zero), top, weight)
+
+
+def _of_groups(
+    function: Callable[[object], None],
+    grid: tuple[Tensor, Tensor, Tensor],
+    top: int,
+    weight: Tensor | None,
+) -> Tensor:
+    tensors = grid if weight is None else (*grid, weight)
+    groups, scale = grid[:2]
     if any(t.dtype != torch.float32 for t in tensors) or scale.shape != groups.shape[:2]:
         raise ValueError(f"groups {groups.shape} and scales {scale.shape} must be float32 and fit")
     groups, scale, zero, *more = (t.contiguous() for t in tensors)
-    errors = torch.empty_like(scale)
+    found = torch.empty_like(scale)
     pointers = (t.data_ptr() for t in (groups, scale, zero))
     weights = more[0].data_ptr() if more else None
     sizes = (scale.numel(), groups.shape[2], groups.shape[1])
-    struct = _ErrorsStruct(*pointers, weights, errors.data_ptr(), *sizes, float(top))
-    needed().group_errors(ctypes.byref(struct))
-    return errors
+    function(ctypes.byref(_GroupsStruct(*pointers, weights, found.data_ptr(), *sizes, float(top))))
+    return found

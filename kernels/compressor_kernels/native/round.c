@@ -77,35 +77,63 @@ void round_columns(const Rounding *r) {
         round_part(r, first, (int)(r->rows - first < PART ? r->rows - first : PART));
 }
 
-/* Squared error of each group on its grid: sum_i weight_i (s (code_i - zero) - w_i)^2. */
+/* Groups of weights on their grids; of group n the weight is `weight[n % period]`. */
 typedef struct {
     const float *groups; /* [N, K] */
     const float *scale;  /* [N] */
     const float *zero;   /* [N] */
-    const float *weight; /* [period, K], of group n: n % period; may be null */
-    float *errors;       /* [N] */
+    const float *weight; /* [period, K]; may be null */
+    float *found;        /* [N] */
     int64_t count, size, period;
     float top;
-} Errors;
+} Groups;
 
-static inline float group_error(const Errors *e, int64_t n, int weighted) {
-    const float *restrict w = e->groups + n * e->size;
-    const float *restrict weight = weighted ? e->weight + n % e->period * e->size : w;
-    const float scale = e->scale[n], low = -e->zero[n], high = e->top - e->zero[n];
+/* The code of a weight less the zero point, kept in low..high. */
+static inline float level_of(float weight, float scale, float low, float high) {
+    const float asked = rintf(weight / scale);
+    const float above = asked > low ? asked : low;
+    return above < high ? above : high;
+}
+
+/* sum_i weight_i (s level_i - w_i)^2 */
+static inline float group_error(const Groups *g, int64_t n, int weighted) {
+    const float *restrict w = g->groups + n * g->size;
+    const float *restrict weight = weighted ? g->weight + n % g->period * g->size : w;
+    const float scale = g->scale[n], low = -g->zero[n], high = g->top - g->zero[n];
     float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < e->size; i++) {
-        const float asked = rintf(w[i] / scale);
-        const float above = asked > low ? asked : low;
-        const float code = above < high ? above : high;
-        const float miss = code * scale - w[i];
+    for (int64_t i = 0; i < g->size; i++) {
+        const float miss = level_of(w[i], scale, low, high) * scale - w[i];
         sum += weighted ? weight[i] * miss * miss : miss * miss;
     }
     return sum;
 }
 
-void group_errors(const Errors *e) {
+/* The scale with the smallest error for the present levels; the old one if that has no answer. */
+static inline float group_scale(const Groups *g, int64_t n, int weighted) {
+    const float *restrict w = g->groups + n * g->size;
+    const float *restrict weight = weighted ? g->weight + n % g->period * g->size : w;
+    const float scale = g->scale[n], low = -g->zero[n], high = g->top - g->zero[n];
+    float product = 0.0f, square = 0.0f;
+#pragma omp simd reduction(+ : product, square)
+    for (int64_t i = 0; i < g->size; i++) {
+        const float level = level_of(w[i], scale, low, high);
+        const float share = weighted ? weight[i] * level : level;
+        product += share * w[i];
+        square += share * level;
+    }
+    const float fit = product / square;
+    return square > 0.0f && fit * scale > 0.0f ? fit : scale;
+}
+
+void group_errors(const Groups *g) {
 #pragma omp parallel for schedule(static)
-    for (int64_t n = 0; n < e->count; n++)
-        e->errors[n] = e->weight ? group_error(e, n, 1) : group_error(e, n, 0);
+    for (int64_t n = 0; n < g->count; n++)
+        g->found[n] = g->weight ? group_error(g, n, 1) : group_error(g, n, 0);
+}
+
+void group_scales(const Groups *g) {
+#pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < g->count; n++)
+        g->found[n] = g->weight ? group_scale(g, n, 1) : group_scale(g, n, 0);
 }
