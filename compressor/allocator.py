@@ -8,7 +8,7 @@ import sys
 
 # parameters of glibc's mallopt, and bytes
 TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD, ARENA_MAX = -1, -2, -3, -8
-SETTINGS = {MMAP_THRESHOLD: 32 << 20, TRIM_THRESHOLD: 256 << 20, TOP_PAD: 64 << 20, ARENA_MAX: 1}
+SETTINGS = {MMAP_THRESHOLD: 32 << 20, TRIM_THRESHOLD: 1024 << 20, TOP_PAD: 64 << 20, ARENA_MAX: 1}
 
 
 def keep_freed_memory() -> bool:
@@ -16,7 +16,7 @@ def keep_freed_memory() -> bool:
 
     Every micro-batch makes and frees tensors of some megabytes. By default each is mapped anew and
     its pages are filled with zeros first, which took a sixth of the time of small models. Up to
-    256 MiB that are free may then stay with the process. Only for glibc, and not when the
+    1 GiB that is free may then stay with the process. Only for glibc, and not when the
     environment chose otherwise (MALLOC_*, GLIBC_TUNABLES, LD_PRELOAD).
     """
     chosen = [n for n in os.environ if n.startswith("MALLOC_") or n == "GLIBC_TUNABLES"]
