@@ -245,6 +245,14 @@ def test_what_a_source_gave_is_told(tmp_path, tokenizer):
     assert (facts.num_rows, facts.num_documents, facts.unknown_share) == (8, 8, 0.0)
 
 
+def test_a_split_of_a_local_file_is_not_ignored_silently(tmp_path, caplog):
+    file = lines(*good())(tmp_path)
+    plain = list(load_texts(DataConfig(source=str(file))))
+    assert not caplog.records
+    assert list(load_texts(DataConfig(source=str(file), split="evaluation"))) == plain
+    assert "`split: evaluation` chooses nothing" in caplog.text
+
+
 def test_the_two_reference_texts_do_not_overlap():
     first = list(load_texts(DataConfig()))
     second = list(load_texts(DataConfig(source="reference-eval")))

@@ -7,6 +7,7 @@ bad when it is not JSON (CA05), misses the text column (CA06) or is not clean te
 from __future__ import annotations
 
 import json
+import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from compressor import reference_model
 from compressor.data.hub_sets import hub_rows
 from compressor.errors import DataError, Where, printable
 from compressor.recipe import DataConfig
+
+log = logging.getLogger("compressor.data")
 
 SHUFFLE_BUFFER = 10_000  # documents kept in memory while shuffling
 PARAGRAPH_BYTES = 1 << 20  # a text file without blank lines is cut at a line end after this much
@@ -110,6 +113,8 @@ def raw_rows(config: DataConfig) -> Iterator[Raw]:
     path = _file_of(config)
     if path is None:
         return hub_rows(config.source, config.split)
+    if config.split is not None and not config.source.startswith("reference"):
+        log.warning("%s is one file, `split: %s` chooses nothing of it", path.name, config.split)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(
