@@ -9,6 +9,7 @@ third of the calibration text. Distilled and from-scratch students see the same 
 text in the same order: TinyStories models the calibration text, the project's own model the
 library files it was trained on (the evaluated modules are in neither). Everything is scored in
 float32 on held-out rows; finished cells are kept in --work and in the results and run only once.
+Several processes may fill one --out, each with its --models or --shapes and a --work of its own.
 
     damage     ln(perplexity / original perplexity) = cross-entropy that was lost, nats a token
     recovered  (pruned - distilled) / (pruned - original), in perplexity
@@ -30,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.jobs import ROOT, last_line
@@ -134,7 +136,10 @@ def make(
         return _run_peer(cell, subject, tokens, folder, peers)
     student = None
     if cell.method in (SCRATCH, SCRATCH_DISTILLED):
-        shape = folder.with_name(Cell(cell.shape, "pruned").label)
+        pruned = Cell(cell.shape, "pruned")
+        shape = folder.with_name(pruned.label)
+        if not (shape / "config.json").is_file():  # made with another --work
+            make(pruned, subject, tokens, (training, shape, peers))
         student = random_student(shape, folder.with_name(folder.name + ".start"))
     text = recipe_of(
         cell, subject.model, folder, data=tokens.data, training=training, student=student
@@ -225,8 +230,9 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _write(file: Path, protocol: dict[str, Any], cell: Cell, line: dict[str, Any]) -> None:
     row = {"shape": cell.shape, "method": cell.method, "seed": cell.seed, **line}
-    rows = {**_read(file), cell.label: row}
-    lines = ",\n  ".join(f"{json.dumps(k)}: {json.dumps(rows[k])}" for k in sorted(rows))
-    text = f'{{\n "protocol": {json.dumps(protocol)},\n "rows": {{\n  {lines}\n }}\n}}\n'
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")
+    with FileLock(file.with_suffix(".lock")):
+        rows = {**_read(file), cell.label: row}
+        lines = ",\n  ".join(f"{json.dumps(k)}: {json.dumps(rows[k])}" for k in sorted(rows))
+        text = f'{{\n "protocol": {json.dumps(protocol)},\n "rows": {{\n  {lines}\n }}\n}}\n'
+        file.write_text(text, encoding="utf-8")
