@@ -1,9 +1,9 @@
 """Linear layers as the walk sees them: weights kept as stored, computed in one dtype.
 
 A `StoredLinear` holds its weight as it lies on disk (for example bf16) or as codes and grid once it
-is quantized, and makes the dense fp32 matrix only for the moment of a product (small blocks: for all
-passes of a walk, `Block.holding`). So a block in memory costs its stored bytes, and a quantized layer
-computes with exactly the numbers that were stored.
+is quantized, and makes the dense fp32 matrix only for the moment of a product (in small blocks once
+for many passes, see `Block.holding`). So a block in memory costs its stored bytes, and a quantized
+layer computes with exactly the numbers that were stored.
 
 The block may be on an accelerator; tensors of the file format (`packed`) stay on the CPU.
 
