@@ -31,7 +31,7 @@ MOST_KILLS = 8  # in one run; then it may finish
 def main(arguments: list[str]) -> None:
     """Make the kills and write one JSON object; exits 1 if anything differs."""
     options = _parse(arguments)
-    work = options.work or Path(tempfile.mkdtemp(prefix="compressor-kill-"))
+    work = (options.work or Path(tempfile.mkdtemp(prefix="compressor-kill-"))).absolute()
     recipe = work / "recipe.yaml"
     work.mkdir(parents=True, exist_ok=True)
     recipe.write_text(json.dumps(make_recipe(options)), encoding="utf-8")
