@@ -35,7 +35,7 @@ Shapes = dict[str, tuple[int, ...]]
 def main(arguments: list[str]) -> None:
     """Build the model, measure each method, write one JSON object."""
     options = _parse(arguments)
-    work = options.work or Path(tempfile.mkdtemp(prefix="compressor-memory-"))
+    work = (options.work or Path(tempfile.mkdtemp(prefix="compressor-memory-"))).absolute()
     model = build_model(work / f"model-{options.layers}", layers=options.layers)
     rows = [_measure(method, model, work, options) for method in options.methods]
     size = sum(f.stat().st_size for f in model.glob("*.safetensors"))
