@@ -80,6 +80,7 @@ def _run_subject(subject: Subject, options: argparse.Namespace, file: Path) -> N
             row |= {"model": subject.name, "size": size, "method": method}
             row["seconds"] = round(time.process_time() - start, 1)
             del row["documents"]
+            file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(rows | {label: row}, indent=1) + "\n", encoding="utf-8")
             log.info("%s: KL %.4f, %s", label, row["kl_mean"], row["shape"])
 
