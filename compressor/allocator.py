@@ -8,7 +8,7 @@ import sys
 
 # parameters of glibc's mallopt, and bytes
 TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD, ARENA_MAX = -1, -2, -3, -8
-SETTINGS = {MMAP_THRESHOLD: 32 << 20, TRIM_THRESHOLD: 1024 << 20, TOP_PAD: 64 << 20, ARENA_MAX: 1}
+SETTINGS = {MMAP_THRESHOLD: 32 << 20, TRIM_THRESHOLD: 1 << 30, TOP_PAD: 64 << 20, ARENA_MAX: 1}
 
 
 def keep_freed_memory() -> bool:

@@ -17,7 +17,7 @@ import torch
 from pydantic import BaseModel
 
 from compressor.errors import RecipeError, ResourceError, Where
-from compressor.modeling.block import HELD_BYTES
+from compressor.modeling.block import held_bytes
 from compressor.modeling.checkpoint import open_checkpoint
 from compressor.modeling.device import CPU
 from compressor.modeling.hub import resolve_model
@@ -295,8 +295,7 @@ def memory_bytes(recipe: Recipe, state: ModelState) -> int:
     total = sum(info.nbytes for info in state.checkpoint.tensors.values()) // stored
     outer = total - sum(blocks)
     copies = 2 * stored + 4 if _transforms(recipe) else stored + 2
-    held = 4 * max(blocks)
-    dense = max(3 * 4 * largest, held if held <= HELD_BYTES else 0)
+    dense = max(3 * 4 * largest, held_bytes(max(blocks)))
     walk = max(blocks) * copies + 6 * 4 * widest**2 + dense + 4 * outer
     walk += _waiting_bytes(recipe, skeleton) + _learning_bytes(recipe, max(blocks))
     whole = 8 * total if _holds_whole_models(recipe) else 0

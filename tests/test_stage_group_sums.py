@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from compressor.algorithms.side_by_side import at_once
 from compressor.modeling import block as block_module
 from compressor.modeling.block import Block
 from compressor.modeling.checkpoint import open_checkpoint
@@ -49,9 +50,10 @@ def test_lanes_count_every_token_once(
     walk: Walk, watched: Watched, count: int, masked: bool
 ) -> None:
     block = walk.load(0)
-    name, seen = watched.names[0], batches(block, watched, masked=masked)
+    columns = block.linears[watched.names[0]].shape[1]
+    seen = batches(block, watched, masked=masked)
     one, many = (
-        summed([GroupSums(block, name, watched, CPU) for _ in range(n)], seen).finish()
+        summed([GroupSums(block, columns, watched, CPU) for _ in range(n)], seen).finish()
         for n in (1, count)
     )
     assert one.num_tokens == many.num_tokens > 0
@@ -64,6 +66,7 @@ def test_lanes_count_every_token_once(
 
 def test_wide_sums_have_one_lane() -> None:
     assert num_lanes(NARROW, CPU) == min(torch.get_num_threads(), num_lanes(8, CPU))
+    assert num_lanes(NARROW, CPU) == at_once(CPU)
     assert num_lanes(NARROW + 1, CPU) == 1
 
 

@@ -48,7 +48,7 @@ class Block:
         None of them may be changed before the end.
         """
         chosen = [self.linears[n] for n in (self.linears if names is None else names)]
-        if 4 * sum(math.prod(linear.shape) for linear in chosen) > HELD_BYTES:
+        if not held_bytes(sum(math.prod(linear.shape) for linear in chosen)):
             chosen = []
         for linear in chosen:
             linear.held = linear.dense()
@@ -57,6 +57,11 @@ class Block:
         finally:
             for linear in chosen:
                 linear.held = None
+
+
+def held_bytes(weights: int) -> int:
+    """Bytes of so many dense weights that passes share; 0 if they are too many to be held."""
+    return 4 * weights if 4 * weights <= HELD_BYTES else 0
 
 
 def load_block(

@@ -86,22 +86,24 @@ class Watched:
 class GroupSums:
     """H of a group, and D or W D for its correction, batch by batch."""
 
-    def __init__(self, original: Block, name: str, watched: Watched, device: torch.device) -> None:
+    def __init__(
+        self, original: Block, columns: int, watched: Watched, device: torch.device
+    ) -> None:
         """Start at zero.
 
         Args:
             original: the block of the reference; what is watched are its linears.
-            name: of a linear of the group.
+            columns: I, inputs of the group in the block that is being compressed.
             watched: what `add` will get of the reference.
             device: where to sum.
         """
         self.watched, self._original = watched, original
-        self._columns = original.linears[name].shape[1]
+        self._columns = columns
         heights = {n: original.linears[n].shape[0] for n in watched.outputs}
         cross = bool(watched.inputs)
-        self.total = HessianAccumulator(self._columns, with_cross=cross, device=device)
+        self.total = HessianAccumulator(columns, with_cross=cross, device=device)
         self._products = {
-            n: OutputAccumulator(h, self._columns, device=device) for n, h in heights.items()
+            n: OutputAccumulator(h, columns, device=device) for n, h in heights.items()
         }
 
     def add(self, x: Tensor, there: Mapping[str, Tensor], mask: Tensor | None) -> None:

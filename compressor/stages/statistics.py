@@ -165,7 +165,8 @@ class BlockStatistics:
         return found
 
     def _sums(self, pair: _Pair, group: list[str], watched: Watched) -> GroupSums:
-        return GroupSums(pair.original, group[0], watched, self.walk.device)
+        columns = pair.block.linears[group[0]].shape[1]
+        return GroupSums(pair.original, columns, watched, self.walk.device)
 
     def _forward(self, pair: _Pair, rows: slice) -> Callable[[], Tensor]:
         kwargs = self.walk.kwargs(rows, pair.position)
