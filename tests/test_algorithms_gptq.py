@@ -92,11 +92,14 @@ def test_the_error_is_close_to_the_brute_force_optimum() -> None:
     assert sorted(ratios)[12] < 1.3 < 1.5 < sorted(rounded)[12]
 
 
-@pytest.mark.parametrize("block", [1, 7, 128])
-def test_the_block_size_does_not_matter(block: int) -> None:
+@pytest.mark.parametrize(("block", "panel"), [(1, 512), (7, 512), (128, 512), (16, 16), (16, 40)])
+def test_the_sizes_of_blocks_and_panels_do_not_matter(
+    block: int, panel: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     w, x = layer(3)
     hessian, grid = second_moment(x), grid_of(w)
     reference = gptq(w, hessian, grid=grid, columns_per_block=16)
+    monkeypatch.setattr("compressor.algorithms.gptq.PANEL", panel)
     other = gptq(w, hessian, grid=grid, columns_per_block=block)
     assert other.error == pytest.approx(reference.error, rel=1e-3)
     assert (other.codes != reference.codes).float().mean() < 0.002

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from compressor.modeling import paused
 from compressor.modeling.block import Block, inputs_of
 from compressor.modeling.checkpoint import open_checkpoint
 from compressor.modeling.paused import PausedRuns
@@ -87,6 +88,24 @@ def test_an_error_of_a_pass_reaches_whoever_waits_for_it(
 
     with pytest.raises(FloatingPointError, match="inside"), PausedRuns(block, HEADS, [broken]) as r:
         r.inputs(HEADS[0])
+
+
+def test_a_slow_pass_does_not_keep_the_others_from_going_on(
+    tiny_models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paused, "at_once", lambda device: 2)
+    walk, others_are_through = opened(tiny_models("llama"), tmp_path), threading.Event()
+
+    def slow() -> torch.Tensor:
+        return torch.tensor(float(others_are_through.wait(timeout=30)))
+
+    def last() -> torch.Tensor:
+        others_are_through.set()
+        return torch.zeros(())
+
+    passes = [slow, lambda: torch.zeros(()), lambda: torch.zeros(()), last]
+    with PausedRuns(walk.load(0), [], passes) as runs:
+        assert next(runs.outputs()) == 1.0, "the last pass never had its turn"
 
 
 def collected(walk: Walk, *, final: bool) -> tuple[list[Any], torch.Tensor, torch.Tensor]:

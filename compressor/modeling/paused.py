@@ -10,14 +10,16 @@ micro-batch runs once and waits at each linear of interest:
     runs.outputs()                                 each pass goes on to its end
 
 Every pass has a thread of its own; as many of them run at once as torch has threads
-(`algorithms.side_by_side`). Numbers and their order are those of plain calls.
+(`algorithms.side_by_side`), and the one that stops wakes the next. Numbers and their order are
+those of plain calls.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from itertools import zip_longest
+from contextlib import suppress
 from typing import Any, Self
 
 import torch
@@ -37,9 +39,9 @@ class _Closed(Exception):
 class PausedRun:
     """One forward pass in a thread of its own; it runs between `resume` and `stopped`."""
 
-    def __init__(self, forward: Forward) -> None:
+    def __init__(self, forward: Forward, turns: deque[PausedRun]) -> None:
         self.output: Tensor | None = None
-        self._forward = forward
+        self._forward, self._turns = forward, turns
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
         self._at: tuple[str, Tensor] | None = None
         self._error: BaseException | None = None
@@ -72,7 +74,7 @@ class PausedRun:
     def pause(self, name: str, x: Tensor) -> None:
         """Called in the pass's thread: hand out an input and wait."""
         self._at = (name, x)
-        self._stopped.release()
+        self._hand_over()
         self._go.acquire()
         if self._closing:
             raise _Closed
@@ -90,7 +92,13 @@ class PausedRun:
             self._error = error
         finally:
             self._ended = True
-            self._stopped.release()
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Let the next pass go on in place of this one."""
+        with suppress(IndexError):  # there is none
+            self._turns.popleft().resume()
+        self._stopped.release()
 
 
 class PausedRuns:
@@ -114,7 +122,8 @@ class PausedRuns:
         """
         self._count = at_once(device)
         self._handles = [block.linears[n].register_forward_pre_hook(_stop(n)) for n in heads]
-        self._runs = [PausedRun(forward) for forward in forwards]
+        self._turns = deque[PausedRun]()  # passes that go on as soon as another one stops
+        self._runs = [PausedRun(forward, self._turns) for forward in forwards]
 
     def __enter__(self) -> Self:
         return self
@@ -142,16 +151,15 @@ class PausedRuns:
     def _resumed(self) -> Iterator[tuple[PausedRun, tuple[str, Tensor] | None]]:
         """All passes and where they are, after each was resumed; as many at once as may be."""
         with shared_threads(self._count):
+            self._turns.extend(self._runs[self._count :])
             for run in self._runs[: self._count]:
                 run.resume()
-            for run, later in zip_longest(self._runs, self._runs[self._count :]):
-                at = run.stopped()
-                if later is not None:
-                    later.resume()
-                yield run, at
+            for run in self._runs:
+                yield run, run.stopped()
 
     def close(self) -> None:
         """End what still waits; the block runs plainly again."""
+        self._turns.clear()
         for handle in self._handles:
             handle.remove()
         for run in self._runs:
