@@ -245,8 +245,10 @@ def test_what_a_source_gave_is_told(tmp_path, tokenizer):
     assert (facts.num_rows, facts.num_documents, facts.unknown_share) == (8, 8, 0.0)
 
 
-def test_a_split_of_a_local_file_is_not_ignored_silently(tmp_path, caplog):
-    file = lines(*good())(tmp_path)
+@pytest.mark.parametrize("name", ["data.jsonl", "reference-like.jsonl"])
+def test_a_split_of_a_local_file_is_not_ignored_silently(name, tmp_path, caplog, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = lines(*good())(tmp_path).rename(name)
     plain = list(load_texts(DataConfig(source=str(file))))
     assert not caplog.records
     assert list(load_texts(DataConfig(source=str(file), split="evaluation"))) == plain

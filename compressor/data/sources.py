@@ -21,6 +21,7 @@ from compressor.recipe import DataConfig
 
 log = logging.getLogger("compressor.data")
 
+SHIPPED = ("reference", "reference-eval")  # texts that come with the program
 SHUFFLE_BUFFER = 10_000  # documents kept in memory while shuffling
 PARAGRAPH_BYTES = 1 << 20  # a text file without blank lines is cut at a line end after this much
 
@@ -113,7 +114,7 @@ def raw_rows(config: DataConfig) -> Iterator[Raw]:
     path = _file_of(config)
     if path is None:
         return hub_rows(config.source, config.split)
-    if config.split is not None and not config.source.startswith("reference"):
+    if config.split is not None and config.source not in SHIPPED:
         log.warning("%s is one file, `split: %s` chooses nothing of it", path.name, config.split)
     reader = READERS.get(path.suffix.lower())
     if reader is None:
@@ -129,7 +130,7 @@ def raw_rows(config: DataConfig) -> Iterator[Raw]:
 def _file_of(config: DataConfig) -> Path | None:
     """The local file behind a source, or None for a name that `datasets` must resolve."""
     source = config.source
-    if source in ("reference", "reference-eval"):
+    if source in SHIPPED:
         held_out = source == "reference-eval" or config.split in ("evaluation", "test")
         path = reference_model.text_path("evaluation" if held_out else "calibration")
     else:

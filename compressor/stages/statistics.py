@@ -229,10 +229,9 @@ class BlockStatistics:
         """Which of the counted tokens are real; None if all are."""
         if self.walk.mask is None:
             return None
-        mask = self.walk.mask[rows.start : min(rows.stop, self.rows.stop)].flatten()
-        if len(mask) != len(self._counted(rows, x)):
+        if x.shape[:-1].numel() != self.walk.mask[rows].numel():
             raise ValueError(f"a linear sees {x.shape[:-1]} inputs for rows of padded tokens")
-        return mask
+        return self.walk.mask[rows.start : min(rows.stop, self.rows.stop)].flatten()
 
     def _collect(
         self, pair: _Pair, phase: list[list[str]]
