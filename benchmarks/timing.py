@@ -32,7 +32,7 @@ def measure(subjects: list[Subject], place: Place, results: Path) -> None:
         for pair in PAIRS:
             rows.append({"model": subject.name, **_pair(pair, subject, place)})
             log.info("%s", rows[-1])
-            body = {"threads": place.threads, "repetitions": REPETITIONS, "rows": rows}
+            body = {"threads": place.threads, "rows": rows}
             text = json.dumps(body, indent=1) + "\n"
             (results / "timing.json").write_text(text, encoding="utf-8")
 

@@ -78,6 +78,10 @@ class _Pair:
     original: Block
     block: Block
 
+    def columns(self, name: str) -> int:
+        """Inputs of a linear of the block."""
+        return self.block.linears[name].shape[1]
+
 
 class BlockStatistics:
     """Collects statistics for the blocks of one walk; knows the streams and calibration rows."""
@@ -150,8 +154,7 @@ class BlockStatistics:
                     self.walk.take_outputs(self.streams.compressed, finished, pair.position)
 
     def _lanes(self, pair: _Pair, group: list[str], watched: Watched) -> list[GroupSums]:
-        columns = pair.block.linears[group[0]].shape[1]
-        count = num_lanes(columns, self.walk.device)
+        count = num_lanes(pair.columns(group[0]), self.walk.device)
         return [self._sums(pair, group, watched) for _ in range(count)]
 
     def _batches(self, there: dict[str, list[Tensor]], here: list[Tensor]) -> list[Batch]:
@@ -165,8 +168,7 @@ class BlockStatistics:
         return found
 
     def _sums(self, pair: _Pair, group: list[str], watched: Watched) -> GroupSums:
-        columns = pair.block.linears[group[0]].shape[1]
-        return GroupSums(pair.original, columns, watched, self.walk.device)
+        return GroupSums(pair.original, pair.columns(group[0]), watched, self.walk.device)
 
     def _forward(self, pair: _Pair, rows: slice) -> Callable[[], Tensor]:
         kwargs = self.walk.kwargs(rows, pair.position)
@@ -209,7 +211,7 @@ class BlockStatistics:
         if not self._wants_cross(pair, group[0]):
             return Watched((), ())
         here, there = pair.block.linears, pair.original.linears
-        rows, columns = sum(here[n].shape[0] for n in group), here[group[0]].shape[1]
+        rows, columns = sum(here[n].shape[0] for n in group), pair.columns(group[0])
         if rows < columns and all(torch.equal(here[n].dense(), there[n].dense()) for n in group):
             return Watched((), tuple(group))
         return Watched((group[0],), ())
@@ -217,8 +219,8 @@ class BlockStatistics:
     def _wants_cross(self, pair: _Pair, name: str) -> bool:
         """Whether there can be enough tokens to correct the target; D is as much work as H."""
         tokens = self.rows.stop * self.walk.tokens.shape[1]
-        columns = pair.block.linears[name].shape[1]
-        return self.collection.asymmetric and correction_strength(tokens, columns)[0] > 0.0
+        strength, _ = correction_strength(tokens, pair.columns(name))
+        return self.collection.asymmetric and strength > 0.0
 
     def _counted(self, rows: slice, x: Tensor) -> Tensor:
         """Of a batch [B, T, ...] of any rows those of calibration rows, [t, I]."""
