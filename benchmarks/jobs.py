@@ -1,7 +1,7 @@
 """Run one case in a process of its own, and keep what it made so that it can be scored again.
 
 work/<model>/<case>/            the checkpoint
-work/<model>/<case>.json        seconds, peak MiB, or the error; its presence = finished
+work/<model>/<case>.json        seconds, peak MiB, commit; its presence = finished
 work/<model>/<case>.log         everything the tool said
 """
 
@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class Place:
 
 
 def run_case(case: Case, subject: Subject, tokens: Tokens, *, place: Place) -> dict[str, Any]:
-    """The case's line: `seconds`, `peak_mib` and `threads`, or `error`.
+    """The case's line: `seconds`, `peak_mib`, `threads` and `commit`, or `error`.
 
     A finished case is not run again; one that failed is.
     """
@@ -49,9 +50,29 @@ def run_case(case: Case, subject: Subject, tokens: Tokens, *, place: Place) -> d
         return found
     line = _start(command(case, subject, tokens, place=place, out=folder), folder, place)
     if "error" not in line:
-        line["threads"] = place.threads
+        line |= {"threads": place.threads, "commit": commit()}
         record.write_text(json.dumps(line) + "\n", encoding="utf-8")
     return line
+
+
+@cache
+def commit() -> str | None:
+    """The commit of the code, "-dirty" if the code was changed since; None without git.
+
+    It tells rows of older code from newer ones. Results do not count as code.
+    """
+    head = _git("rev-parse", "--short", "HEAD").strip()
+    changed = _git(
+        "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"
+    )
+    return (head + ("-dirty" if changed else "")) or None
+
+
+def _git(*arguments: str) -> str:
+    if shutil.which("git") is None:
+        return ""
+    asked = ["git", *arguments]
+    return subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False).stdout
 
 
 def is_done(case: Case, subject: Subject, place: Place) -> bool:

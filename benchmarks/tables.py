@@ -8,6 +8,7 @@ mean KLs; the same documents are drawn for both tools, so that a hard document h
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -59,7 +60,8 @@ def _of_model(body: dict[str, Any], documents: Documents) -> str:
     parts = [
         f"## {protocol['model']}\n",
         f"Calibration and evaluation: {protocol['rows']} x {protocol['seq_len']} tokens of "
-        f"{protocol['calibration'][0]} and {protocol['evaluation'][0]}.\n",
+        f"{protocol['calibration'][0]} and {protocol['evaluation'][0]}. Rows of commits: "
+        f"{commits(scored)}.\n",
     ]
     for setting in sorted({_setting(r) for r in scored}, key=lambda s: (str(s[1]), not s[2], s[0])):
         same = [r for r in scored if _setting(r) == setting]
@@ -67,6 +69,12 @@ def _of_model(body: dict[str, Any], documents: Documents) -> str:
     parts.append(f"### Nothing smaller is closer\n\n{front_table(scored)}")
     failed = sorted({f"- {_case(r)}: {r['error']}" for r in rows if "error" in r})
     return "\n".join([*parts, *(["### What did not run\n", *failed, ""] if failed else [])])
+
+
+def commits(rows: list[Row]) -> str:
+    """How many rows come from which state of the code, most first; "unknown" = not recorded."""
+    found = Counter(r.get("commit") or "unknown" for r in rows)
+    return ", ".join(f"{name} ({count})" for name, count in found.most_common())
 
 
 def _setting(row: Row) -> tuple[float, int, bool]:

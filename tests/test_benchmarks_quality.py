@@ -1,6 +1,7 @@
 """The comparison with other tools: cases, jobs, bytes, tables (no other tool is needed)."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -178,11 +179,41 @@ def test_one_of_our_cases_runs_in_its_own_process(tiny_models, tmp_path, monkeyp
     line = jobs.run_case(case, subject, tokens, place=place)
     assert line["seconds"] >= 0, line
     assert line["peak_mib"] > 0
+    assert line["commit"] == jobs.commit()
     score = scoring.Judge.of(subject.model, _tokens_file(subject.model)).score(
         tmp_path / "tiny" / case.label, case
     )
     assert score["kl_mean"] > 0
     assert 4.5 <= score["average_bits"] < 4.6
+
+
+def test_code_that_was_changed_since_its_commit_is_told_from_the_commit(tmp_path, monkeypatch):
+    def git(*arguments: str) -> None:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    for file in (tmp_path / "code.py", results / "rows.json"):
+        file.write_text("1")
+    monkeypatch.setattr(jobs, "ROOT", tmp_path)
+    asked = jobs.commit.__wrapped__
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert asked() is None
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-q", "-m", "first")
+    (results / "rows.json").write_text("2")
+    clean = asked()
+    assert clean
+    assert "dirty" not in clean
+    (tmp_path / "code.py").write_text("2")
+    assert asked() == f"{clean}-dirty"
+
+
+def test_tables_say_which_commits_their_rows_come_from():
+    rows = [row("a", 0.1, commit="abc"), row("b", 0.1, commit="abc"), row("c", 0.1)]
+    assert tables.commits(rows) == "abc (2), unknown (1)"
 
 
 def test_tables_put_the_least_damage_first_and_join_seeds():
