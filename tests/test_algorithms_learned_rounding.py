@@ -17,6 +17,7 @@ from compressor.algorithms.learned_rounding import (
     squared_error,
 )
 from compressor.errors import NumericError
+from compressor_kernels import native
 
 
 def weight_and_inputs(seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -40,6 +41,37 @@ def learned(weight: Tensor, grid: Grid, mask: Tensor | None = None) -> LearnedWe
 
 def output_error(rounded: Tensor, weight: Tensor, x: Tensor) -> Tensor:
     return ((rounded - weight) @ x.t()).square().mean()
+
+
+@pytest.mark.skipif(native.library() is None, reason=native.reason())
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_torch_and_c_round_and_learn_alike(
+    symmetric: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, x = weight_and_inputs()
+    found = []
+    for in_c in (True, False):
+        with monkeypatch.context() as patch:
+            if not in_c:
+                patch.setattr(native, "library", lambda: None)
+            pupil = learned(weight, grid_of(weight, symmetric=symmetric))
+            with torch.no_grad():
+                pupil.offset.copy_(torch.linspace(-1, 1, weight.numel()).view_as(pupil.offset))
+                pupil.factor.mul_(1.1)
+            assert pupil.is_plain() == in_c
+            value = pupil.value()
+            gradients = torch.autograd.grad(
+                output_error(value, weight, x), [pupil.offset, pupil.factor]
+            )
+        found.append((value.detach(), *gradients))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_the_held_out_loss_is_asked_in_the_second_half_and_at_the_end() -> None:
+    schedule = Schedule(steps=50, rate=0.1, factor_rate=0.1, judge_every=10)
+    assert [n for n in range(1, 51) if schedule.judges(n)] == [30, 40, 50]
+    assert [n for n in range(1, 6) if Schedule(5, 0.1, 0.1).judges(n)] == [5]
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

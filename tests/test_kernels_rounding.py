@@ -12,6 +12,8 @@ from compressor_kernels.native_rounding import (
     UniformLevels,
     group_errors,
     group_scales,
+    learned_gradients,
+    learned_values,
     round_columns,
 )
 
@@ -120,3 +122,40 @@ def test_gptq_and_its_grid_are_those_of_torch(bits, symmetric, monkeypatch):
         found.append((grid.scale, quantize(w, grid), result.codes, result.error))
     for ours, plain in zip(*found, strict=True):
         torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("size", [1, 16, 33, 128])
+def test_learned_weights_and_their_gradients_are_those_of_autograd(size):
+    """Straight through the rounding; half of the groups have negative scales."""
+    weights, gradient = numbers(5, 4, size), numbers(5, 4, size, seed=1)
+    offset = numbers(5, 4, size, seed=2).clamp(-1, 1).requires_grad_()
+    scale = 0.2 + 0.1 * numbers(5, 4, seed=3).abs()
+    scale = (scale * torch.tensor([1.0, -1.0]).repeat(10).view(5, 4)).requires_grad_()
+    zero = torch.randint(0, 8, (5, 4), generator=torch.Generator().manual_seed(4)).float()
+
+    x = weights / scale[..., None] + offset
+    level = x + (x.round() - x).detach()
+    level = level.clamp(-zero[..., None], 7 - zero[..., None])
+    expected = level * scale[..., None]
+    wanted = torch.autograd.grad(expected, [offset, scale], gradient)
+
+    grid = (scale.detach(), zero, 7)
+    found = learned_values(weights, offset.detach(), grid)
+    torch.testing.assert_close(found, expected.detach(), atol=1e-6, rtol=1e-6)
+    back = learned_gradients(weights, offset.detach(), grid, gradient)
+    torch.testing.assert_close(back, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_learned_weight_that_is_not_a_number_stays_one():
+    weights, offset = torch.ones(1, 1, 4), torch.zeros(1, 1, 4)
+    offset[0, 0, 2] = float("nan")
+    found = learned_values(weights, offset, (torch.ones(1, 1), torch.ones(1, 1), 3))
+    assert found.isnan().flatten().tolist() == [False, False, True, False]
+
+
+def test_learned_weights_that_do_not_fit_their_grid_are_refused():
+    weights, one = torch.ones(2, 3, 4), torch.ones(2, 3)
+    with pytest.raises(ValueError, match="do not fit"):
+        learned_values(weights, weights, (torch.ones(2, 2), one, 3))
+    with pytest.raises(ValueError, match="float32"):
+        learned_values(weights.double(), weights, (one, one, 3))

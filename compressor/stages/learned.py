@@ -26,7 +26,6 @@ from compressor.algorithms.learned_rounding import (
     squared_error,
 )
 from compressor.artifact.formats import SCALE_DTYPES, LayerFormat
-from compressor.modeling.activations import ActivationStore
 from compressor.modeling.block import Block, load_block
 from compressor.modeling.linears import StoredLinear
 from compressor.modeling.state import BlockTensors
@@ -88,7 +87,7 @@ class BlockLearner:
     ) -> dict[str, Any]:
         """Learn block `position`; put the result into `solved` if held-out rows say it is better.
 
-        The reference stream moves on to the original block's outputs, which were the targets.
+        The reference stream moves on to the original block's outputs, which are the targets.
 
         Args:
             position: of the block.
@@ -102,7 +101,8 @@ class BlockLearner:
         block, formats = solved
         pupil = load_block(self.walk.skeleton, position, source)
         linears = self._replace(pupil, formats)
-        task = _Task(self, position, self._targets(position, original))
+        self.walk.advance(self.streams.reference, original, position)
+        task = _Task(self, position)
         learning = self.config.learning_settings
         schedule = Schedule(self.config.learning_steps, learning.rate, learning.scale_rate)
         found = learn(
@@ -112,9 +112,6 @@ class BlockLearner:
             schedule,
         )
         rival = task.judge(block)
-        outputs = (task.targets.read(rows) for rows in self.walk.batches())
-        self.walk.take_outputs(self.streams.reference, outputs, position)
-        task.targets.close()
         better = found.after < rival
         if better:
             _take_over(block, linears)
@@ -135,17 +132,6 @@ class BlockLearner:
             del pupil.linears[name]
         return made
 
-    @torch.no_grad()
-    def _targets(self, position: int, original: Block) -> ActivationStore:
-        """Outputs of the original block for all rows."""
-        first = self.streams.reference.read(slice(0, 1))
-        shape = (len(self.walk.tokens), first.shape[1], first.shape[2])
-        store = self.walk.open_store(shape, "targets")
-        for rows in self.walk.batches():
-            hidden = self.streams.reference.read(rows)
-            store.write(rows, original.run(hidden, self.walk.kwargs(rows, position)))
-        return store
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Task:
@@ -153,7 +139,6 @@ class _Task:
 
     learner: BlockLearner
     position: int
-    targets: ActivationStore
 
     def loss(self, block: Block, step: int) -> Tensor:
         """Training loss of one step, on a batch that its number decides."""
@@ -184,7 +169,7 @@ class _Task:
     def _error(self, block: Block, rows: slice, *, trimmed: float = 0.0) -> Tensor:
         walk, learner = self.learner.walk, self.learner
         out = block.run(learner.streams.compressed.read(rows), walk.kwargs(rows, self.position))
-        error = walk.real_tokens(rows, out - self.targets.read(rows))
+        error = walk.real_tokens(rows, out - learner.streams.reference.read(rows))
         return squared_error(error, learner.metric[self.position], trimmed=trimmed)
 
     def _trimmed(self) -> float:

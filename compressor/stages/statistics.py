@@ -15,7 +15,6 @@ experts, are run again from their start for each group.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -61,8 +60,8 @@ class Streams:
 class Collection:
     """Which statistics: with D or without, and group after group or all in one pass.
 
-    final: once all groups were handed out and changed, the block is what will be stored; both
-        streams may then move on to its outputs.
+    final: once all groups were handed out and changed, the block is what will be stored; the
+        compressed stream may then move on to its outputs.
     """
 
     asymmetric: bool
@@ -177,7 +176,7 @@ class BlockStatistics:
     def _reference(self, pair: _Pair, watched: Watched) -> dict[str, list[Tensor]]:
         """What corrections need of the reference, by linear, batch by batch.
 
-        Batches that only hold measuring rows keep nothing. If `final`, the stream moves on.
+        Batches that only hold measuring rows keep nothing. The stream moves on: all was seen.
         """
         found: dict[str, list[Tensor]] = {name: [] for name in watched.names}
         if not found:
@@ -197,10 +196,7 @@ class BlockStatistics:
 
         all_watched = Observed(pair.original, watched.inputs, watched.outputs)
         with pair.original.holding(), all_watched as observed:
-            if self.collection.final:
-                self.walk.take_outputs(stream, passed(observed), position)
-            else:
-                deque(passed(observed), maxlen=0)
+            self.walk.take_outputs(stream, passed(observed), position)
         return found
 
     def _watched(self, pair: _Pair, group: list[str]) -> Watched:

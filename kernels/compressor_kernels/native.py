@@ -61,6 +61,8 @@ _SIGNATURES = {
     "round_columns": [POINTER],
     "group_errors": [POINTER],
     "group_scales": [POINTER],
+    "learned_values": [POINTER],
+    "learned_gradients": [POINTER],
     "attend": [*[POINTER] * 8, ctypes.c_float],
     "decode": [POINTER, LONG, POINTER, LONG, *[POINTER] * 4, LONG, POINTER, INT],
 }

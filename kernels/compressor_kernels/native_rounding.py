@@ -1,4 +1,6 @@
-"""The inner loops of quantization in C (`round.c`): GPTQ's columns, and the search for grids."""
+"""The inner loops of quantization in C (`round.c`): GPTQ's columns, the search for grids, and the
+rounding of learned weights.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +34,17 @@ class _GroupsStruct(ctypes.Structure):
     _fields_ = (
         *((name, POINTER) for name in ("groups", "scale", "zero", "weight", "found")),
         *((name, LONG) for name in ("count", "size", "period")),
+        ("top", ctypes.c_float),
+    )
+
+
+class _LearnedStruct(ctypes.Structure):
+    """`Learned` of round.c."""
+
+    _fields_ = (
+        *((name, POINTER) for name in ("weights", "offset", "scale", "zero")),
+        *((name, POINTER) for name in ("gradient", "found", "step")),
+        *((name, LONG) for name in ("count", "size")),
         ("top", ctypes.c_float),
     )
 
@@ -114,3 +127,47 @@ def _of_groups(
     sizes = (scale.numel(), groups.shape[2], groups.shape[1])
     function(ctypes.byref(_GroupsStruct(*pointers, weights, found.data_ptr(), *sizes, float(top))))
     return found
+
+
+def learned_values(weights: Tensor, offset: Tensor, grid: tuple[Tensor, Tensor, int]) -> Tensor:
+    """w^ = s level(w / s + v) for weights w and offsets v [O, G, g].
+
+    grid: scale and zero [O, G], and the largest code. All fp32. Raises as `round_columns`.
+    """
+    found = torch.empty_like(weights)
+    struct = _learned_struct((weights, offset, *grid[:2]), (None, found, None), grid[2])
+    needed().learned_values(ctypes.byref(struct))
+    return found
+
+
+def learned_gradients(
+    weights: Tensor, offset: Tensor, grid: tuple[Tensor, Tensor, int], gradient: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Straight-through gradients of `offset` [O, G, g] and scale [O, G] for that of w^ [O, G, g].
+
+    A clipped weight moves no offset. Arguments and errors as `learned_values`.
+    """
+    found, step, gradient = (
+        torch.empty_like(weights),
+        torch.empty_like(grid[0]),
+        gradient.contiguous(),
+    )
+    struct = _learned_struct((weights, offset, *grid[:2]), (gradient, found, step), grid[2])
+    needed().learned_gradients(ctypes.byref(struct))
+    return found, step
+
+
+def _learned_struct(
+    given: tuple[Tensor, Tensor, Tensor, Tensor],
+    more: tuple[Tensor | None, Tensor, Tensor | None],
+    top: int,
+) -> _LearnedStruct:
+    weights, offset, scale, zero = given
+    tensors = [t for t in (*given, *more) if t is not None]
+    if any(t.dtype != torch.float32 or not t.is_contiguous() for t in tensors):
+        raise ValueError("learned weights are rounded in contiguous float32 tensors")
+    groups = weights.shape[:2]
+    if offset.shape != weights.shape or scale.shape != groups or zero.shape != groups:
+        raise ValueError(f"{offset.shape}, {scale.shape}, {zero.shape} do not fit {weights.shape}")
+    pointers = (None if t is None else t.data_ptr() for t in (*given, *more))
+    return _LearnedStruct(*pointers, scale.numel(), weights.shape[2], float(top))

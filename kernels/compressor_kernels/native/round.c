@@ -137,3 +137,54 @@ void group_scales(const Groups *g) {
     for (int64_t n = 0; n < g->count; n++)
         g->found[n] = g->weight ? group_scale(g, n, 1) : group_scale(g, n, 0);
 }
+
+/* Weights on their way to a rounding that is learned: x = w / s + v, w^ = s level(x). */
+typedef struct {
+    const float *weights;  /* [N, K] w */
+    const float *offset;   /* [N, K] v */
+    const float *scale;    /* [N] */
+    const float *zero;     /* [N] */
+    const float *gradient; /* [N, K] of w^; only for gradients */
+    float *found;          /* [N, K] w^, or the gradient of v */
+    float *step;           /* [N] the gradient of s; only for gradients */
+    int64_t count, size;
+    float top;
+} Learned;
+
+/* Not a number stays what it is. */
+static inline float kept_in(float asked, float low, float high) {
+    const float above = asked < low ? low : asked;
+    return above > high ? high : above;
+}
+
+void learned_values(const Learned *g) {
+#pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < g->count; n++) {
+        const float *restrict w = g->weights + n * g->size, *restrict v = g->offset + n * g->size;
+        float *restrict found = g->found + n * g->size;
+        const float scale = g->scale[n], low = -g->zero[n], high = g->top - g->zero[n];
+        for (int64_t i = 0; i < g->size; i++)
+            found[i] = scale * kept_in(rintf(w[i] / scale + v[i]), low, high);
+    }
+}
+
+/* Straight through: dv = s g where x was not clipped, ds = sum g level - dv w / s^2. */
+void learned_gradients(const Learned *g) {
+#pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < g->count; n++) {
+        const float *restrict w = g->weights + n * g->size, *restrict v = g->offset + n * g->size;
+        const float *restrict gradient = g->gradient + n * g->size;
+        float *restrict found = g->found + n * g->size;
+        const float scale = g->scale[n], low = -g->zero[n], high = g->top - g->zero[n];
+        float levels = 0.0f, moved = 0.0f;
+#pragma omp simd reduction(+ : levels, moved)
+        for (int64_t i = 0; i < g->size; i++) {
+            const float asked = rintf(w[i] / scale + v[i]), level = kept_in(asked, low, high);
+            const float step = level == asked ? scale * gradient[i] : 0.0f;
+            levels += gradient[i] * level;
+            moved += step * w[i];
+            found[i] = step;
+        }
+        g->step[n] = levels - moved / (scale * scale);
+    }
+}
