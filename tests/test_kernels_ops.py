@@ -42,14 +42,14 @@ def norm_error(device):
 
 
 def quantize_error(device, dtype):
-    """Codes equal to the reference's, and their sums."""
+    """Codes equal to the reference's, and their sums, zero behind the last column of a tile."""
     from compressor_kernels.quantize_rows import quantize_rows
 
     x = torch.cat([torch.randn(4, 300) * 3, torch.zeros(1, 300)])
     q, scale, sums = quantize_rows(x.to(device), DTYPES[dtype], group_size=64)
     expected, factor = reference.quantize_rows(x, DTYPES[dtype])
     assert torch.equal(q.cpu().view(torch.uint8), expected.view(torch.uint8))
-    padded = torch.nn.functional.pad(expected.double(), (0, 20)).view(5, 5, 64).sum(-1).t()
+    padded = torch.nn.functional.pad(expected.double(), (0, 84)).view(5, 6, 64).sum(-1).t()
     return max(distance(scale, factor.double()), distance(sums, padded))
 
 

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from compressor.errors import CompressError, VerificationError
 from compressor.modeling.packed_linear import PackedLinear
+from compressor.stages import verify_logits
 from compressor.stages.verify import verify_artifact
+from compressor.stages.verify_logits import check_logits
 from tests.stage_fixtures import PACK, W4, Bench, Built, build_artifact, random_rows
 
 Models = Callable[[str], Path]
@@ -189,6 +192,28 @@ def test_a_kernel_that_computes_something_else_is_noticed(
     error = failure(artifact)
     assert error.code == "NU07"
     assert "logits differ" in error.message
+
+
+@pytest.mark.parametrize(
+    ("dtype", "inputs"), [("bfloat16", "int8"), ("bfloat16", "none"), ("float32", "int8")]
+)
+def test_what_bf16_itself_rounds_away_is_no_wrong_kernel(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, inputs: str
+) -> None:
+    """Inputs rounded to eight bits from bf16: the dense model is that far from itself, too."""
+    dense = torch.linspace(-1, 1, 64, dtype=getattr(torch, dtype))
+    monkeypatch.setattr(verify_logits, "dense_bytes", lambda *_: 0)
+    monkeypatch.setattr(verify_logits, "_whole", lambda *_: (dense + 0.04, dense, {}))
+    formats: Any = {"linear": SimpleNamespace(activations=inputs)}
+    checkpoint: Any = SimpleNamespace(path=Path("artifact"))
+    excused = (dtype, inputs) == ("bfloat16", "int8")
+    for noise, passes in ((0.06, excused), (0.001, False)):
+        monkeypatch.setattr(verify_logits, "_rounding", lambda *_, found=noise: found)
+        if passes:
+            assert check_logits(checkpoint, formats, 8).difference == pytest.approx(0.04, abs=0.01)
+        else:
+            with pytest.raises(VerificationError, match="logits differ"):
+                check_logits(checkpoint, formats, 8)
 
 
 def verified(model: Path, folder: Path, *, change: Callable[[Bench], None] | None = None) -> Any:

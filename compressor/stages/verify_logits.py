@@ -61,11 +61,12 @@ def check_logits(checkpoint: Checkpoint, formats: Formats, num_tokens: int) -> L
             if walked
             else _whole(checkpoint.path, num_tokens)
         )
-    difference = float((ours.float() - dense.float()).abs().max())
-    difference /= max(float(dense.float().abs().max()), 1e-12)
+    difference = _distance(ours, dense)
     rounds = any(fmt.activations != "none" for fmt in formats.values())
     is_exact = ours.dtype == torch.float32 and not rounds
     limit = TOLERANCE if is_exact else BF16_TOLERANCE
+    if rounds and difference > limit and dense.dtype != torch.float32:
+        limit += _rounding(checkpoint.path, num_tokens, dense)
     if not difference <= limit:
         raise VerificationError(
             f"packed and dense logits differ by {difference:.2e} of the largest (limit {limit:g})",
@@ -74,6 +75,24 @@ def check_logits(checkpoint: Checkpoint, formats: Formats, num_tokens: int) -> L
             fix="run `compress doctor`; a kernel is wrong on this machine",
         )
     return LogitsCheck(difference, kernels, (WALKED,) if walked else ())
+
+
+def _distance(logits: Tensor, from_: Tensor) -> float:
+    """The largest difference, relative to the largest logit."""
+    largest = float(from_.float().abs().max())
+    return float((logits.float() - from_.float()).abs().max()) / max(largest, 1e-12)
+
+
+@torch.no_grad()
+def _rounding(path: Path, num_tokens: int, dense: Tensor) -> float:
+    """How far the dense model in its own dtype is from itself in float32.
+
+    Where inputs are rounded to eight bits, the last bit of bf16 decides between two levels: on a
+    processor with bf16 products of its own, no sum in another order comes closer than this.
+    """
+    exact = load_model(path, packed=False, dtype=torch.float32).model
+    tokens = _tokens(exact.config.get_text_config().vocab_size, num_tokens)
+    return _distance(dense, exact(input_ids=tokens).logits)
 
 
 def dense_bytes(checkpoint: Checkpoint, formats: Formats) -> int:

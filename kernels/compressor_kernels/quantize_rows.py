@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 TOP = {torch.int8: 127.5, torch.float8_e4m3fn: 448.0}
+TILE = 128  # columns that `w4a8.py` takes at once; it reads the sums of all groups of a tile
 
 
 @triton.jit
@@ -46,13 +47,14 @@ def quantize_rows(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """x [M, K] -> q [M, K] in `dtype` (int8 or e4m3), scales float32 [M], sums [groups, M].
 
-    `group_size` 0 makes no sums, -1 one sum a row. Raises KeyError for another dtype.
+    `group_size` 0 makes no sums, -1 one sum a row; groups fill whole tiles of `TILE` columns, those
+    behind the last column are zero. Raises KeyError for another dtype.
     """
     rows, columns = x.shape
     top = TOP[dtype]
-    block = triton.next_power_of_2(columns)
+    block = max(TILE, triton.next_power_of_2(columns))
     size = block if group_size == -1 else group_size
-    groups = -(-columns // size) if size else 0
+    groups = -(-(columns + -columns % TILE) // size) if size else 0
     scales = torch.empty(rows, dtype=torch.float32, device=x.device)
     sums = torch.empty((groups, rows), dtype=torch.float32, device=x.device)
     interpreted = not isinstance(quantize_rows_kernel, triton.runtime.JITFunction)
