@@ -87,16 +87,15 @@ class _RoundingInC(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, offset: Tensor, scale: Tensor, weight: LearnedWeight) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.weight = weight
-        ctx.save_for_backward(offset, scale)
-        return learned_values(weight.groups, offset, weight.uniform(scale)).flatten(1)
+        ctx.groups, ctx.grid = weight.groups, weight.uniform(scale)
+        ctx.save_for_backward(offset)
+        return learned_values(ctx.groups, offset, ctx.grid).flatten(1)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[no-untyped-def]
-        offset, scale = ctx.saved_tensors
-        weight: LearnedWeight = ctx.weight
+        (offset,) = ctx.saved_tensors
         grouped = gradient.reshape(offset.shape)
-        moved, step = learned_gradients(weight.groups, offset, weight.uniform(scale), grouped)
+        moved, step = learned_gradients(ctx.groups, offset, ctx.grid, grouped)
         return moved, step, None
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from compressor.artifact.formats import LayerFormat
 from compressor.artifact.packing import SUFFIXES
@@ -90,9 +91,7 @@ def _rounding(path: Path, num_tokens: int, dense: Tensor) -> float:
     Where inputs are rounded to eight bits, the last bit of bf16 decides between two levels: on a
     processor with bf16 products of its own, no sum in another order comes closer than this.
     """
-    exact = load_model(path, packed=False, dtype=torch.float32).model
-    tokens = _tokens(exact.config.get_text_config().vocab_size, num_tokens)
-    return _distance(dense, exact(input_ids=tokens).logits)
+    return _distance(dense, _dense_logits(path, num_tokens, torch.float32))
 
 
 def dense_bytes(checkpoint: Checkpoint, formats: Formats) -> int:
@@ -111,14 +110,22 @@ def _tokens(vocabulary: int, num_tokens: int) -> Tensor:
     return torch.randint(0, vocabulary, (1, num_tokens), generator=generator)
 
 
+def _logits(model: PreTrainedModel, num_tokens: int) -> Tensor:
+    tokens = _tokens(model.config.get_text_config().vocab_size, num_tokens)
+    logits: Tensor = model(input_ids=tokens).logits
+    return logits
+
+
+def _dense_logits(path: Path, num_tokens: int, dtype: torch.dtype) -> Tensor:
+    return _logits(load_model(path, packed=False, dtype=dtype).model, num_tokens)
+
+
 def _whole(path: Path, num_tokens: int) -> tuple[Tensor, Tensor, dict[str, int]]:
     packed = load_model(path, packed=True)
-    tokens = _tokens(packed.model.config.get_text_config().vocab_size, num_tokens)
-    ours = packed.model(input_ids=tokens).logits
+    ours = _logits(packed.model, num_tokens)
     dtype, kernels = packed.model.dtype, packed.kernels
     del packed
-    dense = load_model(path, packed=False, dtype=dtype).model(input_ids=tokens).logits
-    return ours, dense, kernels
+    return ours, _dense_logits(path, num_tokens, dtype), kernels
 
 
 def _walked(

@@ -135,8 +135,8 @@ def learned_values(weights: Tensor, offset: Tensor, grid: tuple[Tensor, Tensor, 
     grid: scale and zero [O, G], and the largest code. All fp32. Raises as `round_columns`.
     """
     found = torch.empty_like(weights)
-    struct = _learned_struct((weights, offset, *grid[:2]), (None, found, None), grid[2])
-    needed().learned_values(ctypes.byref(struct))
+    tensors = (weights, offset, grid[0], grid[1], None, found, None)
+    needed().learned_values(ctypes.byref(_learned_struct(tensors, grid[2])))
     return found
 
 
@@ -147,27 +147,20 @@ def learned_gradients(
 
     A clipped weight moves no offset. Arguments and errors as `learned_values`.
     """
-    found, step, gradient = (
-        torch.empty_like(weights),
-        torch.empty_like(grid[0]),
-        gradient.contiguous(),
-    )
-    struct = _learned_struct((weights, offset, *grid[:2]), (gradient, found, step), grid[2])
-    needed().learned_gradients(ctypes.byref(struct))
+    found, step = torch.empty_like(weights), torch.empty_like(grid[0])
+    tensors = (weights, offset, grid[0], grid[1], gradient.contiguous(), found, step)
+    needed().learned_gradients(ctypes.byref(_learned_struct(tensors, grid[2])))
     return found, step
 
 
-def _learned_struct(
-    given: tuple[Tensor, Tensor, Tensor, Tensor],
-    more: tuple[Tensor | None, Tensor, Tensor | None],
-    top: int,
-) -> _LearnedStruct:
-    weights, offset, scale, zero = given
-    tensors = [t for t in (*given, *more) if t is not None]
-    if any(t.dtype != torch.float32 or not t.is_contiguous() for t in tensors):
+def _learned_struct(tensors: tuple[Tensor | None, ...], top: int) -> _LearnedStruct:
+    """Tensors in the order of the fields; they must outlive the call."""
+    weights, offset, scale, zero = (t for t in tensors[:4] if t is not None)
+    known = [t for t in tensors if t is not None]
+    if any(t.dtype != torch.float32 or not t.is_contiguous() for t in known):
         raise ValueError("learned weights are rounded in contiguous float32 tensors")
     groups = weights.shape[:2]
     if offset.shape != weights.shape or scale.shape != groups or zero.shape != groups:
         raise ValueError(f"{offset.shape}, {scale.shape}, {zero.shape} do not fit {weights.shape}")
-    pointers = (None if t is None else t.data_ptr() for t in (*given, *more))
+    pointers = (None if t is None else t.data_ptr() for t in tensors)
     return _LearnedStruct(*pointers, scale.numel(), weights.shape[2], float(top))
