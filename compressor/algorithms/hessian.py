@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from compressor.algorithms.finite import require_finite
+from compressor.algorithms.products import add_products, by_feature
 
 BLOCKS = 8  # of columns in which H is summed; (BLOCKS + 1) / (2 BLOCKS) of the work remains
 SMALLEST_BLOCK = 128  # narrower products run slower than what they save
@@ -55,12 +56,13 @@ class HessianAccumulator:
         if (x is None) != (self._cross is None):
             raise ValueError("x belongs to an accumulator made with_cross, and only to it")
         seen = self._rows(x_tilde, mask)
+        features = by_feature(seen)
         for begin, end in self._blocks():
-            self._hessian[begin:end, begin:].addmm_(seen[:, begin:end].T, seen[:, begin:])
+            add_products(self._hessian[begin:end, begin:], features[begin:end], features[begin:])
         require_finite(self._hessian.diagonal(), "the inputs of a layer during calibration")
         if x is not None and self._cross is not None:
             drift = self._rows(x, mask) - seen
-            self._cross.addmm_(drift.T, seen)
+            add_products(self._cross, by_feature(drift), features)
             require_finite(self._cross.diagonal(), "the original inputs of a layer")
         self.num_tokens += seen.shape[0]
 
@@ -124,7 +126,7 @@ class OutputAccumulator:
             real = mask.reshape(-1).to(seen.device)
             theirs, seen = theirs[real], seen[real]
         require_finite(theirs, "the original outputs of a layer")
-        self._sum.addmm_(theirs.T, seen)
+        add_products(self._sum, by_feature(theirs), by_feature(seen))
         self.num_tokens += len(seen)
 
     def merge(self, other: OutputAccumulator) -> None:

@@ -36,6 +36,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from compressor.algorithms import products
 from compressor.algorithms.finite import require_finite
 from compressor.algorithms.float_grid import FloatGrid
 from compressor.algorithms.grid import Grid, as_stored, group_width
@@ -340,7 +341,7 @@ def squared_error(error: Tensor, factor: Tensor, *, trimmed: float = 0.0) -> Ten
 
     A few tokens (the first ones of a sequence) can be so far off that they alone would decide.
     """
-    square = (error @ factor).square()
+    square = products.linear(error, factor.T).square()
     count = math.ceil(trimmed * square.numel())
     if count == 0:
         return square.mean()

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compressor.algorithms import products
 from compressor.modeling.linears import StoredLinear
 
 
@@ -54,7 +54,7 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
-        return F.linear(x, self.merged(), self.bias)
+        return products.linear(x, self.merged(), self.bias)
 
     def merged(self) -> Tensor:
         """The weight fp32 [O, I] as it would be stored, differentiable in the factors."""

@@ -12,10 +12,10 @@ Legend: O out, I in, G groups.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from compressor.algorithms import products
 from compressor.algorithms.float_grid import FloatGrid
 from compressor.algorithms.grid import Grid
 from compressor.algorithms.input_rounding import round_inputs
@@ -122,7 +122,7 @@ class StoredLinear(nn.Module):
             x = round_inputs(x, self.packed.format.activations, known)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         weight = self.dense() if self.held is None else self.held
-        return F.linear(x, weight.to(x.dtype), bias)
+        return products.linear(x, weight.to(x.dtype), bias)
 
 
 def is_linear(module: nn.Module) -> bool:

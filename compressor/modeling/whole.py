@@ -21,11 +21,11 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from compressor.algorithms import products
 from compressor.algorithms.distillation import exported_scale, scaled_dequantize
 from compressor.algorithms.float_grid import FloatGrid
 from compressor.algorithms.grid import Grid
@@ -60,7 +60,7 @@ class DenseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
-        return F.linear(x, self.weight, self.bias)
+        return products.linear(x, self.weight, self.bias)
 
 
 class ScaledLinear(nn.Module):
@@ -99,7 +99,7 @@ class ScaledLinear(nn.Module):
             scale_dtype=self.scale_dtype,
             sign=self.sign,
         )
-        return F.linear(x, weight, self.bias)
+        return products.linear(x, weight, self.bias)
 
     def exported_scale(self) -> Tensor:
         """Scales fp32 [O, G] as they are stored."""
@@ -144,7 +144,7 @@ class CodesLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O]."""
         rounded = round_inputs(x.detach(), self.format.activations, self.input_scale)
-        return F.linear(x + (rounded - x.detach()), self.latent.value(), self.bias)
+        return products.linear(x + (rounded - x.detach()), self.latent.value(), self.bias)
 
     def exported_codes(self) -> Tensor:
         """The codes as they are stored."""

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from compressor.algorithms.gptq import cholesky_factor, times_inverse
+from compressor.algorithms.products import add_products, by_feature
 from compressor.algorithms.reconstruct import reconstruct
 from compressor.modeling.activations import ActivationStore
 from compressor.modeling.block import Block, block_tensors, load_block, run_observed
@@ -127,8 +128,9 @@ class _Sums:
         return _Sums(hessian, torch.zeros(shape, device=device))
 
     def add(self, a: Tensor, gap: Tensor) -> None:
-        self.hessian.addmm_(a.T, a)
-        self.missing.addmm_(gap.T, a)
+        features = by_feature(a)
+        add_products(self.hessian, features, features)
+        add_products(self.missing, by_feature(gap), features)
         self.energy += float(gap.square().sum())
         self.count += len(a)
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compressor.algorithms import products
 from compressor.algorithms.input_rounding import round_inputs
 from compressor.algorithms.learned_rounding import (
     LearnedWeight,
@@ -59,7 +59,7 @@ class RoundedLinear(nn.Module):
         if self.format.activations != "none":
             x = x + (round_inputs(x.detach(), self.format.activations, None) - x.detach())
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.learned.value().to(x.dtype), bias)
+        return products.linear(x, self.learned.value().to(x.dtype), bias)
 
 
 def block_learner(config: QuantizeConfig, context: StageContext, sweep: Sweep) -> BlockLearner:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from compressor.algorithms.gptq import cholesky_factor, times_inverse
 from compressor.algorithms.hessian import HessianAccumulator
+from compressor.algorithms.products import add_products, by_feature
 from compressor.algorithms.structured import mlp_channel_importance, select_channels
 from compressor.errors import RecipeError, UnsupportedError
 from compressor.modeling.activations import ActivationStore
@@ -221,7 +222,7 @@ def _resolve(
             x = whole.real_tokens(rows, there[head]).float()
             seen = narrow.real_tokens(rows, here[head]).float()
             total.add(seen)
-            cross.addmm_(x.T, seen)
+            add_products(cross, by_feature(x), by_feature(seen))
         root, _ = cholesky_factor(total.hessian(), dampening=RIDGE)
         carried = times_inverse(cross / total.num_tokens, root)
         for name in group:
