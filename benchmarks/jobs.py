@@ -1,7 +1,7 @@
 """Run one case in a process of its own, and keep what it made so that it can be scored again.
 
 work/<model>/<case>/            the checkpoint
-work/<model>/<case>.json        seconds, peak MiB, commit; its presence = finished
+work/<model>/<case>.json        seconds, peak MiB, commit, processor; its presence = finished
 work/<model>/<case>.log         everything the tool said
 """
 
@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.cases import NEEDS_ACCELERATOR, OURS, PEERS, Case
 from benchmarks.subjects import Subject, Tokens
@@ -39,7 +41,7 @@ class Place:
 
 
 def run_case(case: Case, subject: Subject, tokens: Tokens, *, place: Place) -> dict[str, Any]:
-    """The case's line: `seconds`, `peak_mib`, `threads` and `commit`, or `error`.
+    """The case's line: `seconds`, `peak_mib`, `threads`, `commit` and `capability`, or `error`.
 
     A finished case is not run again; one that failed is.
     """
@@ -51,6 +53,7 @@ def run_case(case: Case, subject: Subject, tokens: Tokens, *, place: Place) -> d
     line = _start(command(case, subject, tokens, place=place, out=folder), folder, place)
     if "error" not in line:
         line |= {"threads": place.threads, "commit": commit()}
+        line |= {"capability": torch.backends.cpu.get_cpu_capability()}
         record.write_text(json.dumps(line) + "\n", encoding="utf-8")
     return line
 

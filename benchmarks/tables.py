@@ -72,8 +72,13 @@ def _of_model(body: dict[str, Any], documents: Documents) -> str:
 
 
 def commits(rows: list[Row]) -> str:
-    """How many rows come from which state of the code, most first; "unknown" = not recorded."""
-    found = Counter(r.get("commit") or "unknown" for r in rows)
+    """How many rows come from which state of the code on which kind of processor, most first.
+
+    "unknown" = not recorded.
+    """
+    found = Counter(
+        f"{r.get('commit') or 'unknown'} on {r.get('capability', 'unknown')}" for r in rows
+    )
     return ", ".join(f"{name} ({count})" for name, count in found.most_common())
 
 

@@ -180,6 +180,7 @@ def test_one_of_our_cases_runs_in_its_own_process(tiny_models, tmp_path, monkeyp
     assert line["seconds"] >= 0, line
     assert line["peak_mib"] > 0
     assert line["commit"] == jobs.commit()
+    assert line["capability"] == torch.backends.cpu.get_cpu_capability()
     score = scoring.Judge.of(subject.model, _tokens_file(subject.model)).score(
         tmp_path / "tiny" / case.label, case
     )
@@ -211,9 +212,10 @@ def test_code_that_was_changed_since_its_commit_is_told_from_the_commit(tmp_path
     assert asked() == f"{clean}-dirty"
 
 
-def test_tables_say_which_commits_their_rows_come_from():
-    rows = [row("a", 0.1, commit="abc"), row("b", 0.1, commit="abc"), row("c", 0.1)]
-    assert tables.commits(rows) == "abc (2), unknown (1)"
+def test_tables_say_which_commits_and_processors_their_rows_come_from():
+    known = {"commit": "abc", "capability": "AVX2"}
+    rows = [row("a", 0.1, **known), row("b", 0.1, **known), row("c", 0.1)]
+    assert tables.commits(rows) == "abc on AVX2 (2), unknown on unknown (1)"
 
 
 def test_tables_put_the_least_damage_first_and_join_seeds():

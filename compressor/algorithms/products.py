@@ -14,14 +14,14 @@ processor has matrix tiles, that setting computes in bf16.
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from compressor_kernels import native
+
 SMALLEST = 1 << 22  # multiplications
-CPU_FACTS = Path("/proc/cpuinfo")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -94,6 +94,5 @@ def onednn_is_quicker() -> bool:
         return False
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
-    facts = CPU_FACTS.read_text(encoding="utf-8") if CPU_FACTS.is_file() else ""
-    made_by_amd = "AuthenticAMD" in facts
+    made_by_amd = "AuthenticAMD" in native.processor()
     return made_by_amd and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -148,7 +148,7 @@ def processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    known = ("model name", "flags", "Features", "CPU part")
+    known = ("vendor_id", "model name", "flags", "Features", "CPU part")
     told = sorted({line for line in lines if line.startswith(known)})
     return "\n".join([platform.machine(), platform.processor(), *told])
 
