@@ -17,6 +17,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
+from compressor.algorithms import products
 from compressor.errors import UnsupportedError
 from compressor.modeling.device import CPU
 from compressor.modeling.experts import split_experts
@@ -53,6 +54,14 @@ class _Stub(nn.Module):
 def _named(stub: _Stub, args: tuple[Any, ...]) -> dict[str, Any]:
     names = list(inspect.signature(stub._block[0].forward).parameters)[1:]  # behind `hidden`
     return dict(zip(names, args, strict=False))
+
+
+class _Head(nn.Linear):
+    """The head; for large vocabularies it is a good part of all products."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., D] -> [..., V]."""
+        return products.linear(input, self.weight, self.bias)
 
 
 class Skeleton:
@@ -194,4 +203,7 @@ def build_skeleton(config: dict[str, Any]) -> Skeleton:
         raise UnsupportedError(f"{config['model_type']}: no list of decoder blocks", code="CK26")
     name = max(lists, key=lambda n: (len(lists[n]), -len(n)))
     split_experts(model)
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear:
+        head.__class__ = _Head
     return Skeleton(model, name)
