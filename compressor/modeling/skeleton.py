@@ -16,6 +16,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from compressor.algorithms import products
 from compressor.errors import UnsupportedError
@@ -190,7 +191,7 @@ def parse_config(config: dict[str, Any]) -> Any:
 def empty_model(config: dict[str, Any]) -> PreTrainedModel:
     """transformers' causal language model with every parameter on the meta device, fp32."""
     parsed = parse_config(config)
-    with init_empty_weights(include_buffers=False):
+    with no_init_weights(), init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(parsed, dtype=torch.float32)
     return model.eval()
 
