@@ -8,7 +8,7 @@ torch can hand all its products to oneDNN (`torch.backends.mkldnn.matmul.fp32_pr
 but then attention's many small ones go there, too, and take three times as long; and where a
 processor has matrix tiles, that setting computes in bf16.
 
-# n rows of x, T tokens, O out, I in
+# T tokens, O out, I in
 """
 
 from __future__ import annotations

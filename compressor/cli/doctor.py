@@ -96,11 +96,14 @@ def _machine() -> dict[str, Any]:
     import psutil
     import torch
 
+    from compressor.algorithms.products import onednn_is_quicker
+
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "platform": f"{platform.system()} {platform.machine()}, python {sys.version_info[0]}."
         f"{sys.version_info[1]}",
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
+        "float32 products": "oneDNN" if onednn_is_quicker() else "as torch does",
         "cpu cores": os.cpu_count(),
         "memory bytes": psutil.virtual_memory().total,
         "gpus": gpus or "none",
