@@ -8,8 +8,8 @@ from torch import Tensor
 
 from compressor.algorithms.float_grid import fp8_grid, mxfp4_grid
 from compressor.algorithms.grid import Grid, dequantize, mse_grid, quantize
+from compressor.algorithms.latent_rounding import LatentWeight
 from compressor.algorithms.learned_rounding import (
-    LatentWeight,
     LearnedWeight,
     Schedule,
     learn,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from compressor.algorithms.grid import mse_grid, quantize
-from compressor.algorithms.learned_rounding import LatentWeight
+from compressor.algorithms.latent_rounding import LatentWeight
 from compressor.errors import Interrupted, RecipeError
 from compressor.modeling.block import load_block
 from compressor.modeling.state import ModelState

@@ -16,14 +16,6 @@ drawn from the model. F is noisy where few tokens were seen, so it is mixed with
 
 The state that is kept is the best one on held-out data; the start is one of the candidates.
 
-`LatentWeight` is for training that goes on from codes that are there (quantization-aware training;
-straight-through: Bengio et al. 2013). Its positions are numbers of steps, not of weights:
-
-    x = l0 + d v,      w^ = s a * nearest level(x)
-
-with l0 the present level and d the distance of levels around it. A scale that grows does not move
-x, so a code changes only when its own v says so, and a takes the gradient that frozen codes give.
-
 # O out, I in, G groups, D width of the block's output
 """
 
@@ -47,7 +39,6 @@ IDENTITY_SHARE = 0.1  # m; 0.3 and 0.05 were within 2 % of it, 1.0 (plain square
 BETAS = (0.9, 0.95)
 FACTOR_RANGE = (0.5, 1.5)
 OFFSET_LIMIT = 1.0
-HALVINGS = 12  # a weight further from its code than 2^11 half steps starts in the middle
 
 
 class _Rounding(torch.autograd.Function):
@@ -176,69 +167,6 @@ class LearnedWeight:
 
     def _grouped(self, values: Tensor) -> Tensor:
         return values.reshape(len(values), -1, self.width)
-
-
-class LatentWeight(LearnedWeight):
-    """A weight [O, I] that starts exactly at codes and goes on learning from them; see above."""
-
-    def __init__(
-        self,
-        codes: Tensor,
-        grid: Grid | FloatGrid,
-        *,
-        scale_dtype: torch.dtype,
-        near: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> None:
-        """Start at codes uint8 [O, I], inside their cells as close to fp32 `near` as they allow."""
-        width = group_width(codes.shape[1], grid.group_size)
-        zero = grid.zero_point.unsqueeze(-1)
-        levels = grid.levels(codes.reshape(len(codes), -1, width), zero)
-        super().__init__(levels.flatten(1), grid, scale_dtype=scale_dtype, mask=mask)
-        self.distance = _level_distance(levels, grid.bits) if isinstance(grid, FloatGrid) else None
-        if near is not None:
-            self._start_near(self._grouped(near) / grid.scale.unsqueeze(-1))
-
-    def is_plain(self) -> bool:
-        """x is made of levels."""
-        return False
-
-    def position(self, offset: Tensor, scale: Tensor) -> Tensor:
-        """x [O, G, g]; no scale moves it."""
-        return self._masked(self.groups + self.distances(offset))
-
-    def drift(self, moved: Tensor, scale: Tensor) -> Tensor:
-        """No scale moves x."""
-        return torch.zeros_like(scale)
-
-    def distances(self, moved: Tensor) -> Tensor:
-        """Offsets are counted in distances of levels."""
-        return moved if self.distance is None else moved * self.distance
-
-    @torch.no_grad()
-    def _start_near(self, target: Tensor) -> None:
-        """Set offsets towards positions [O, G, g]; halve those that would leave their cell.
-
-        Halving instead of cutting at the border: the codes that a solver moved away from their
-        weight on purpose would all lie on it, and flip back at the first step.
-        """
-        offset = target - self.groups
-        offset = offset if self.distance is None else offset / self.distance
-        zero, held = self.grid.zero_point.unsqueeze(-1), self._masked(self.groups.clone())
-        for _ in range(HALVINGS):
-            self.offset.copy_(offset)
-            position = self.position(self.offset, self.grid.scale.unsqueeze(-1))
-            _, levels, clipped = self.grid.nearest(position, zero)
-            offset = torch.where(clipped | (levels != held), offset / 2, offset)
-        self.offset.copy_(torch.where(offset == self.offset, offset, 0.0))
-
-
-def _level_distance(levels: Tensor, bits: int) -> Tensor:
-    """From each level of e4m3 (8 bits) or e2m1 (4) to the next one away from zero."""
-    mantissa, lowest = (3, -6) if bits == 8 else (1, 0)
-    exponent = torch.frexp(levels).exponent - 1  # of zero: -1
-    exponent = torch.where(levels == 0, lowest, exponent.clamp(min=lowest))
-    return torch.ldexp(torch.ones_like(levels), exponent - mantissa)
 
 
 @dataclass(frozen=True, slots=True)

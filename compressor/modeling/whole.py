@@ -30,7 +30,7 @@ from compressor.algorithms.distillation import exported_scale, scaled_dequantize
 from compressor.algorithms.float_grid import FloatGrid
 from compressor.algorithms.grid import Grid
 from compressor.algorithms.input_rounding import round_inputs
-from compressor.algorithms.learned_rounding import LatentWeight
+from compressor.algorithms.latent_rounding import LatentWeight
 from compressor.artifact.formats import SCALE_DTYPES, LayerFormat
 from compressor.artifact.packing import pack_weight
 from compressor.errors import UnsupportedError
