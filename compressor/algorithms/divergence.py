@@ -38,12 +38,11 @@ def top1_agreement(p_logits: Tensor, q_logits: Tensor) -> Tensor:
 
 
 def _kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """KL of a chunk [T, V] -> [T]."""
+    """KL of a chunk [T, V] -> [T]. In place: this reads and writes memory, and little else."""
     p, q = (_log_probabilities(logits) for logits in (p_logits, q_logits))
-    difference = p - q
     # p = 0 contributes 0, also where log p is minus infinity
-    terms = torch.where(p == -torch.inf, torch.zeros_like(p), p.exp() * difference)
-    return terms.sum(dim=-1).clamp(min=0)
+    difference = (p - q).masked_fill_(p == -torch.inf, 0.0)
+    return difference.mul_(p.exp_()).sum(dim=-1).clamp(min=0)
 
 
 def _log_probabilities(logits: Tensor) -> Tensor:
