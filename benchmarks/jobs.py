@@ -52,8 +52,8 @@ def run_case(case: Case, subject: Subject, tokens: Tokens, *, place: Place) -> d
         return found
     line = _start(command(case, subject, tokens, place=place, out=folder), folder, place)
     if "error" not in line:
-        line |= {"threads": place.threads, "commit": commit()}
-        line |= {"capability": torch.backends.cpu.get_cpu_capability()}
+        capability = torch.backends.cpu.get_cpu_capability()
+        line |= {"threads": place.threads, "commit": commit(), "capability": capability}
         record.write_text(json.dumps(line) + "\n", encoding="utf-8")
     return line
 
