@@ -289,8 +289,8 @@ def test_the_drift_of_a_layer_can_be_had_from_its_original_outputs() -> None:
     mask = torch.arange(len(x)) % 3 > 0
     sums, products = HessianAccumulator(64, with_cross=True), OutputAccumulator(len(w), 64)
     for part in torch.arange(len(x)).split(100):
-        sums.add(x_tilde[part], x[part], mask[part])
-        products.add((x @ w.T)[part], x_tilde[part], mask[part])
+        features = sums.add(x_tilde[part], x[part], mask[part])
+        products.add((x @ w.T)[part], features, mask[part])
     drift = products.drift(w, sums.hessian())
     torch.testing.assert_close(drift, w @ sums.cross(), atol=1e-4, rtol=1e-4)
     how = {"strength": 0.5, "ridge": 0.01}
@@ -302,7 +302,7 @@ def test_the_drift_of_a_layer_can_be_had_from_its_original_outputs() -> None:
 def test_non_finite_outputs_are_refused() -> None:
     w, x = layer(19)
     with pytest.raises(NumericError) as caught:
-        OutputAccumulator(len(w), 64).add((x @ w.T).mul(float("inf")), x)
+        OutputAccumulator(len(w), 64).add((x @ w.T).mul(float("inf")), x.T)
     assert caught.value.code == "NU01"
 
 

@@ -78,8 +78,7 @@ def test_sums_over_tokens_are_those_in_float64() -> None:
     x, original, outputs = _matrices((T, 300), (T, 300), (T, O))
     sums, drift = HessianAccumulator(300, with_cross=True), OutputAccumulator(O, 300)
     for rows in (slice(0, 100), slice(100, T)):
-        sums.add(x[rows], original[rows])
-        drift.add(outputs[rows], x[rows])
+        drift.add(outputs[rows], sums.add(x[rows], original[rows]))
     exact, weight = x.double(), torch.zeros(O, 300)
     hessian, cross = sums.finish()
     assert cross is not None

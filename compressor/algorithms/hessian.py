@@ -47,9 +47,10 @@ class HessianAccumulator:
         self._hessian = torch.zeros(columns, columns, device=device)
         self._cross = torch.zeros_like(self._hessian) if with_cross else None
 
-    def add(self, x_tilde: Tensor, x: Tensor | None = None, mask: Tensor | None = None) -> None:
+    def add(self, x_tilde: Tensor, x: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Count one batch: x_tilde and x [..., I] of the same shape, mask [...] True = real token.
 
+        Returns the real tokens of x_tilde `by_feature`, fp32 [I, T], for sums beside this one.
         x is required exactly when D is wanted. Raises NumericError NU01 at the first batch with a
         non-finite input; the accumulator is then unusable.
         """
@@ -65,6 +66,7 @@ class HessianAccumulator:
             add_products(self._cross, by_feature(drift), features)
             require_finite(self._cross.diagonal(), "the original inputs of a layer")
         self.num_tokens += seen.shape[0]
+        return features
 
     def merge(self, other: HessianAccumulator) -> None:
         """Count what another one of the same kind has counted, too."""
@@ -116,18 +118,19 @@ class OutputAccumulator:
         self.num_tokens = 0
         self._sum = torch.zeros(outputs, columns, device=device)
 
-    def add(self, y: Tensor, x_tilde: Tensor, mask: Tensor | None = None) -> None:
-        """Count one batch: y [..., O] without bias, x_tilde [..., I], mask [...] True = real token.
+    def add(self, y: Tensor, features: Tensor, mask: Tensor | None = None) -> None:
+        """Count one batch: y [..., O] without bias, mask [...] True = real token.
 
+        features [I, T] are x~ of the real tokens alone, as `HessianAccumulator.add` returns them.
         Raises NumericError NU01 for non-finite outputs.
         """
-        theirs, seen = (t.reshape(-1, t.shape[-1]).float() for t in (y, x_tilde))
+        theirs = y.detach().reshape(-1, y.shape[-1])
         if mask is not None:
-            real = mask.reshape(-1).to(seen.device)
-            theirs, seen = theirs[real], seen[real]
+            theirs = theirs[mask.reshape(-1).to(theirs.device)]
+        theirs = theirs.to(features.device, torch.float32)
         require_finite(theirs, "the original outputs of a layer")
-        add_products(self._sum, by_feature(theirs), by_feature(seen))
-        self.num_tokens += len(seen)
+        add_products(self._sum, by_feature(theirs), features)
+        self.num_tokens += len(theirs)
 
     def merge(self, other: OutputAccumulator) -> None:
         """Count what another one has counted, too."""

@@ -109,9 +109,9 @@ class GroupSums:
     def add(self, x: Tensor, there: Mapping[str, Tensor], mask: Tensor | None) -> None:
         """Count inputs [t, I] and what was watched [t, I or O]; mask [t] True = real token."""
         inputs = [there[name] for name in self.watched.inputs]
-        self.total.add(x, inputs[0] if inputs else None, mask)
+        features = self.total.add(x, inputs[0] if inputs else None, mask)
         for name, product in self._products.items():
-            product.add(there[name], x, mask)
+            product.add(there[name], features, mask)
 
     def merge(self, other: GroupSums) -> None:
         """Count what another one has counted, too."""

@@ -220,9 +220,8 @@ def _resolve(
                 block, [head], streams.narrow.read(rows), narrow.kwargs(rows, position)
             )
             x = whole.real_tokens(rows, there[head]).float()
-            seen = narrow.real_tokens(rows, here[head]).float()
-            total.add(seen)
-            add_products(cross, by_feature(x), by_feature(seen))
+            features = total.add(narrow.real_tokens(rows, here[head]))
+            add_products(cross, by_feature(x), features)
         root, _ = cholesky_factor(total.hessian(), dampening=RIDGE)
         carried = times_inverse(cross / total.num_tokens, root)
         for name in group:
