@@ -222,12 +222,13 @@ def test_a_loss_that_is_not_finite_is_an_error() -> None:
         )
 
 
-def test_the_metric_is_the_mixture_of_fisher_and_identity() -> None:
+def test_the_metric_is_the_mixture_of_a_power_of_fisher_and_identity() -> None:
     gradients = torch.randn(200, 8, generator=torch.Generator().manual_seed(1))
     fisher = gradients.t() @ gradients / 200
-    factor = metric_factor(fisher, identity_share=0.25)
-    wanted = 0.75 * fisher / fisher.diagonal().mean() + 0.25 * torch.eye(8)
-    assert torch.allclose(factor @ factor.t(), wanted, atol=1e-5)
+    for power, raised in ((1.0, fisher), (2.0, fisher @ fisher)):
+        factor = metric_factor(fisher, power=power, identity_share=0.25)
+        wanted = 0.75 * raised / raised.diagonal().mean() + 0.25 * torch.eye(8)
+        assert torch.allclose(factor @ factor.t(), wanted, atol=1e-5)
     assert torch.equal(metric_factor(torch.zeros(8, 8)), torch.eye(8))
 
 
