@@ -263,7 +263,8 @@ def metric_factor(
     values, vectors = torch.linalg.eigh((second_moment + second_moment.t()).double() / 2)
     values = values.clamp_(min=0).pow_(power)  # their mean is that of the diagonal of F^p
     mixed = (1 - identity_share) * values / values.mean() + identity_share
-    return (vectors * mixed.sqrt()).float()
+    factor: Tensor = vectors * mixed.sqrt()
+    return factor.float()
 
 
 def squared_error(error: Tensor, factor: Tensor, *, trimmed: float = 0.0) -> Tensor:
