@@ -185,7 +185,7 @@ class Schedule:
     steps: int
     rate: float
     factor_rate: float
-    judge_every: int = 20
+    judge_every: int = 25
 
     def judges(self, done: int) -> bool:
         """Whether to look at the held-out loss after so many steps."""
