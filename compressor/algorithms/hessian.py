@@ -56,13 +56,13 @@ class HessianAccumulator:
         """
         if (x is None) != (self._cross is None):
             raise ValueError("x belongs to an accumulator made with_cross, and only to it")
-        seen = self._rows(x_tilde, mask)
+        seen = _real_rows(x_tilde, mask, self._hessian.device)
         features = by_feature(seen)
         for begin, end in self._blocks():
             add_products(self._hessian[begin:end, begin:], features[begin:end], features[begin:])
         require_finite(self._hessian.diagonal(), "the inputs of a layer during calibration")
         if x is not None and self._cross is not None:
-            drift = self._rows(x, mask) - seen
+            drift = _real_rows(x, mask, self._hessian.device) - seen
             add_products(self._cross, by_feature(drift), features)
             require_finite(self._cross.diagonal(), "the original inputs of a layer")
         self.num_tokens += seen.shape[0]
@@ -103,13 +103,6 @@ class HessianAccumulator:
         for begin, end in self._blocks():
             self._hessian[end:, begin:end] = self._hessian[begin:end, end:].T
 
-    def _rows(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Real tokens as fp32 rows [T, I] on the accumulator's device."""
-        rows = x.detach().reshape(-1, self.columns)
-        if mask is not None:
-            rows = rows[mask.reshape(-1).to(rows.device)]
-        return rows.to(self._hessian.device, torch.float32)
-
 
 class OutputAccumulator:
     """Running sum of y x~^T, of which W D is made. Memory: 4 O I bytes."""
@@ -124,10 +117,7 @@ class OutputAccumulator:
         features [I, T] are x~ of the real tokens alone, as `HessianAccumulator.add` returns them.
         Raises NumericError NU01 for non-finite outputs.
         """
-        theirs = y.detach().reshape(-1, y.shape[-1])
-        if mask is not None:
-            theirs = theirs[mask.reshape(-1).to(theirs.device)]
-        theirs = theirs.to(features.device, torch.float32)
+        theirs = _real_rows(y, mask, self._sum.device)
         require_finite(theirs, "the original outputs of a layer")
         add_products(self._sum, by_feature(theirs), features)
         self.num_tokens += len(theirs)
@@ -140,3 +130,11 @@ class OutputAccumulator:
     def drift(self, weight: Tensor, hessian: Tensor) -> Tensor:
         """W D [O, I] for the weight fp32 [O, I] and H of the same tokens, in the sum's memory."""
         return self._sum.div_(max(self.num_tokens, 1)).addmm_(weight, hessian, alpha=-1)
+
+
+def _real_rows(x: Tensor, mask: Tensor | None, device: torch.device) -> Tensor:
+    """Real tokens of x [..., F] as fp32 rows [T, F] on the device of a sum."""
+    rows = x.detach().reshape(-1, x.shape[-1])
+    if mask is not None:
+        rows = rows[mask.reshape(-1).to(rows.device)]
+    return rows.to(device, torch.float32)
