@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.cases import NEEDS_ACCELERATOR, OURS, PEERS, Case
 from benchmarks.subjects import Subject, Tokens
+from compressor.idle_threads import sleep_early
 
 ROOT = Path(__file__).parent.parent
 TIME_LIMIT = 7200  # seconds
@@ -163,4 +164,6 @@ def _environment(threads: int, *, own: bool) -> dict[str, str]:
     changes = dict.fromkeys(names, str(threads))
     changes |= {"GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "0"}
     kept = {k: v for k, v in os.environ.items() if own or k != "PYTHONPATH"}
+    if own:  # as the `compress` command does
+        sleep_early(kept)
     return kept | changes

@@ -11,6 +11,7 @@ FLOORS = {
     "compressor.errors": 0,
     "compressor.recipe": 0,
     "compressor.allocator": 0,
+    "compressor.idle_threads": 0,
     "compressor.resources": 0,
     "compressor.reference_model": 0,
     "compressor.algorithms": 1,
@@ -36,6 +37,7 @@ NO_TORCH = (
     "compressor.errors",
     "compressor.recipe",
     "compressor.allocator",
+    "compressor.idle_threads",
     "compressor.resources",
     "compressor.reference_model",
 )

@@ -15,6 +15,7 @@ import typer
 from compressor import __version__
 from compressor.cli import checks, demo, doctor, evaluate, recipes, run, serving, single, tune
 from compressor.errors import CompressError, Interrupted, UsageError
+from compressor.idle_threads import sleep_early
 
 # typer carries its own copy of click in new versions: reach the classes through typer itself.
 _ClickError = cast("type[Exception]", typer.BadParameter.__mro__[2])
@@ -64,6 +65,7 @@ app.add_typer(recipes.app, name="recipe")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave with the exit code of what happened."""
+    sleep_early(os.environ)
     given = list(sys.argv[1:] if arguments is None else arguments)
     sys.exit(run_command(given))
 
