@@ -50,7 +50,7 @@ def test_a_walk_gives_the_logits_of_transformers(
     rows = random_rows(3, 40)
     walk = walk_over(tiny_models(name), rows, tmp_path, tokens_per_batch=80)
     difference = (walked_logits(walk) - whole_logits(tiny_models(name), rows)).abs().max()
-    assert difference <= 1e-6
+    assert difference <= 1e-5  # attention in C sums in another order
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "gpt_neox", "qwen3_moe"])

@@ -20,6 +20,7 @@ from transformers.initialization import no_init_weights
 
 from compressor.algorithms import products
 from compressor.errors import UnsupportedError
+from compressor.modeling.attention import use_ranges
 from compressor.modeling.device import CPU
 from compressor.modeling.experts import split_experts
 
@@ -204,6 +205,7 @@ def build_skeleton(config: dict[str, Any]) -> Skeleton:
         raise UnsupportedError(f"{config['model_type']}: no list of decoder blocks", code="CK26")
     name = max(lists, key=lambda n: (len(lists[n]), -len(n)))
     split_experts(model)
+    use_ranges(model)
     head = model.get_output_embeddings()
     if type(head) is nn.Linear:
         head.__class__ = _Head

@@ -63,6 +63,7 @@ _SIGNATURES = {
     "group_scales": [POINTER],
     "learned_values": [POINTER],
     "learned_gradients": [POINTER],
+    "attend_rows": [POINTER],
     "attend": [*[POINTER] * 8, ctypes.c_float],
     "decode": [POINTER, LONG, POINTER, LONG, *[POINTER] * 4, LONG, POINTER, INT],
 }
