@@ -13,11 +13,13 @@ from transformers import AutoModelForCausalLM
 
 from compressor.data import TokenRows
 from compressor.errors import NumericError
+from compressor.modeling import attention
 from compressor.modeling.activations import ActivationStore
 from compressor.modeling.block import input_phases, inputs_of
 from compressor.modeling.checkpoint import Checkpoint, open_checkpoint
 from compressor.modeling.state import ModelState
 from compressor.modeling.walk import Walk, WalkOptions
+from compressor_kernels.native_attention import attend_rows
 from tests.fixtures_models import ARCHITECTURES
 from tests.stage_fixtures import random_rows
 
@@ -51,6 +53,28 @@ def test_a_walk_gives_the_logits_of_transformers(
     walk = walk_over(tiny_models(name), rows, tmp_path, tokens_per_batch=80)
     difference = (walked_logits(walk) - whole_logits(tiny_models(name), rows)).abs().max()
     assert difference <= 1e-5  # attention in C sums in another order
+
+
+@pytest.mark.skipif(not attention.takes(*(torch.zeros(1, 1, 1, 32),) * 3), reason="no vectors")
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+def test_attention_in_c_keeps_documents_and_windows_apart_as_torch_does(
+    tiny_models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    rows = random_rows(3, 40)
+    places = torch.stack([torch.arange(40) % length for length in (40, 17, 9)])
+    rows = TokenRows(rows.tokens, rows.mask, "", positions=places)
+    calls = []
+
+    def counted(*args: Any) -> torch.Tensor:
+        calls.append(args)
+        return attend_rows(*args)
+
+    monkeypatch.setattr(attention, "attend_rows", counted)
+    in_c = walked_logits(walk_over(tiny_models(name), rows, tmp_path))
+    assert calls
+    monkeypatch.setattr(attention, "takes", lambda *_: False)
+    by_torch = walked_logits(walk_over(tiny_models(name), rows, tmp_path))
+    torch.testing.assert_close(in_c, by_torch, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "gpt_neox", "qwen3_moe"])
