@@ -57,10 +57,8 @@ def _ranges(mask: Tensor | None, query: Tensor, key: Tensor, is_causal: bool) ->
     batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
     if mask is None:
         return causal_ranges(batch, keys) if is_causal and queries == keys else None
-    if mask.dtype != torch.bool or mask.shape not in (
-        (batch, 1, queries, keys),
-        (1, 1, queries, keys),
-    ):
+    shapes = {(count, 1, queries, keys) for count in (1, batch)}
+    if mask.dtype != torch.bool or tuple(mask.shape) not in shapes:
         return None
     if mask not in _known:
         _known[mask] = key_ranges(mask)
