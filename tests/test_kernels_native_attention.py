@@ -82,6 +82,16 @@ def test_fewer_queries_than_keys_and_large_scores():
     assert torch.isfinite(found).all()
 
 
+@needs_c
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan, 3e38])
+def test_what_overflows_in_torch_overflows_in_c(bad):
+    q, k, v = make(1, 2, 2, 20, 20, 32)
+    q[0, 1, 9] = k[0, 1, 4] = bad  # 3e38: their product overflows, its scaled one would not
+    found = attend_rows(q, k, v, causal_ranges(1, 20), 1e-39)
+    assert not torch.isfinite(found[0, 9, 1]).any()
+    assert torch.isfinite(found[0, :, 0]).all()
+
+
 def test_ranges_of_masks():
     begin, end = key_ranges(documents(2, 20))
     assert begin[0].tolist()[:7] == [0, 0, 0, 0, 0, 5, 5]

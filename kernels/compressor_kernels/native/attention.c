@@ -27,7 +27,8 @@ INLINE void turn_keys(const Rows *s, const float *k, float *turned) {
     }
 }
 
-/* scores[r][l] = scale q_r k_l, l = first .. last - 1 in steps of WIDE; q is [E][QUERIES]. */
+/* scores[r][l] = scale q_r k_l, l = first .. last - 1 in steps of WIDE; q is [E][QUERIES]. Products
+ * are scaled as sums: they overflow where those of other kernels do. */
 INLINE void score_range(const float *q, const float *turned, const Rows *s, int64_t first,
                         int64_t last, float *scores) {
     for (int64_t l = first; l < last; l += WIDE) {
@@ -41,8 +42,8 @@ INLINE void score_range(const float *q, const float *turned, const Rows *s, int6
             }
         }
         UNROLL for (int r = 0; r < QUERIES; r++) {
-            store_f(scores + r * s->padded + l, total[r][0]);
-            store_f(scores + r * s->padded + l + LANES, total[r][1]);
+            store_f(scores + r * s->padded + l, total[r][0] * s->scale);
+            store_f(scores + r * s->padded + l + LANES, total[r][1] * s->scale);
         }
     }
 }
@@ -97,7 +98,7 @@ INLINE void attend_group(const Rows *s, int64_t b, int64_t h, int64_t i, const f
     for (int64_t r = 0; r < QUERIES; r++) {
         const int64_t there = least(r, count - 1); /* the last one again where there are fewer */
         const float *row = q + (i + there) * s->q_strides[2];
-        for (int64_t e = 0; e < s->size; e++) packed[e * QUERIES + r] = row[e] * s->scale;
+        for (int64_t e = 0; e < s->size; e++) packed[e * QUERIES + r] = row[e];
         first = least(first, begin[there]);
         last = end[there] > last ? end[there] : last;
     }
