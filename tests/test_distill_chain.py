@@ -43,12 +43,13 @@ def test_a_model_that_was_cut_and_healed_twice_loads_in_transformers_and_is_serv
     out = execute(recipe(tiny_models("gemma3"), tmp_path, stages=chain)).output
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     assert model.config.num_hidden_layers == 2
-    tokens = torch.randint(3, 320, (2, 16), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(4)  # best tokens lead by 3 % of the range
+    tokens = torch.randint(3, 320, (2, 16), generator=generator)
     with torch.no_grad():
         wanted = model(tokens).logits
         found = load_model(out, packed=True, dtype=torch.float32).model(tokens).logits
     assert (found - wanted).norm() <= 1e-3 * wanted.norm()
-    assert shortfall(model, tokens, served(out, tokens)) <= 5e-3
+    assert served(out, tokens) == written(model, tokens)
     words = ["generate", str(out), "--prompt", "def read", "--max-tokens", "4", "--json"]
     assert run_command(words) == 0
     assert capsys.readouterr().out
@@ -63,16 +64,13 @@ def served(folder: Path, prompts: torch.Tensor) -> list[list[int]]:
 
 
 @torch.no_grad()
-def shortfall(model: Any, prompts: torch.Tensor, chosen: list[list[int]]) -> float:
-    """How far chosen tokens are below transformers' best ones, at most, in ranges of logits.
-
-    Tokens that are as good as equal may change places: engine and dense model differ by rounding.
-    """
-    tokens = torch.cat([prompts, torch.tensor(chosen)], dim=1)
-    logits = model(tokens).logits[:, prompts.shape[1] - 1 : -1]
-    best, worst = logits.amax(-1), logits.amin(-1)
-    found = logits.gather(-1, torch.tensor(chosen).unsqueeze(-1)).squeeze(-1)
-    return float(((best - found) / (best - worst)).max())
+def written(model: Any, prompts: torch.Tensor) -> list[list[int]]:
+    """The same from a model of transformers', one whole pass for each token."""
+    tokens = prompts
+    for _ in range(8):
+        tokens = torch.cat([tokens, model(tokens).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+    found: list[list[int]] = tokens[:, prompts.shape[1] :].tolist()
+    return found
 
 
 def test_both_cycles_learn_from_the_same_kept_teacher(
